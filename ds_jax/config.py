@@ -1,0 +1,176 @@
+"""The whole configuration, as frozen dataclasses: the schema, the defaults and the manual in one place.
+
+Files under `configs/` fill these in Python; the launchers make an absl flag of every knob (`ds_jax/flags.py`). The
+string under a field is its manual.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ds_jax.protocol import Role
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model is served."""
+
+    path: str = "models/embedded/story"
+    """Hugging Face folder (config.json, safetensors, tokenizer); relative to the working folder or the checkout."""
+    served_name: str = ""
+    """Name in the API; empty: the folder's name."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of weights, activations and KV; auto: the checkpoint's own, float32 on the CPU."""
+    load_format: Literal["safetensors", "dummy"] = "safetensors"
+    """safetensors reads the weights; dummy makes random ones and needs only config.json."""
+    max_model_len: int = 0
+    """Most tokens of prompt and output together; 0: what the model was made for."""
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """A group of equal instances."""
+
+    instances: int = 1
+    """Copies of the weights in this role, each on its own devices."""
+    tp: int = 1
+    """Tensor parallelism: devices that share each layer."""
+    pp: int = 1
+    """Pipeline parallelism: stages of layers (only 1 so far)."""
+
+
+@dataclass(frozen=True)
+class PrefillConfig(GroupConfig):
+    """Instances that run prompts."""
+
+    max_step_tokens: int = 2048
+    """Most prompt tokens in one step; a longer prompt runs in chunks of this size."""
+    max_step_sequences: int = 16
+    """Most prompts in one step."""
+    saturation_tokens: int = 512
+    """L_m: shorter prompts are batched up to about this many tokens, longer ones run alone (DistServe, section 3.1)."""
+    token_buckets: tuple[int, ...] = ()
+    """Step sizes to compile, in tokens; empty: powers of two up to max_step_tokens."""
+
+
+@dataclass(frozen=True)
+class DecodeConfig(GroupConfig):
+    """Instances that generate."""
+
+    slots: int = 32
+    """Sequences decoded in one step."""
+
+
+@dataclass(frozen=True)
+class MixedConfig(PrefillConfig):
+    """Instances that do both, for policies with one kind of instance."""
+
+    instances: int = 0
+    """Copies of the weights in this role, each on its own devices."""
+    slots: int = 32
+    """Sequences decoded in one step."""
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The paged KV cache of each instance."""
+
+    page_size: int = 16
+    """Tokens in a page."""
+    num_pages: int = 0
+    """Pages in each instance's pool; 0: as many as fit in memory_fraction and can ever be used."""
+    memory_fraction: float = 0.9
+    """Share of a device's memory for weights and KV together, when num_pages is 0."""
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Knobs of the policies."""
+
+    pull_watermark: float = 0.05
+    """A decode instance pulls while sequences that wait for a slot hold less than this share of its pool."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Knobs of the engine itself."""
+
+    max_waiting: int = 1024
+    """Most requests that wait for their first step; a further one is refused (HTTP 429)."""
+    deadline_s: float = 0.0
+    """Default time limit of a request in seconds; 0: none."""
+    log_capacity: int = 0
+    """Most entries that the recorder of events and commands keeps; 0: off."""
+    compilation_cache: str = "~/.cache/ds_jax/xla"
+    """Folder of compiled programs, kept between runs; empty: none."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a serving process is told."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    policy: str = "disaggregated"
+    """Scheduling policy: a name of ds_jax/scheduling, or my.module:Scheduler."""
+    prefill: PrefillConfig = field(default_factory=PrefillConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    mixed: MixedConfig = field(default_factory=MixedConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    workers: Literal["in_process"] = "in_process"
+    """Where instances live: in_process puts all of them into this process."""
+
+    def groups(self) -> tuple[tuple[Role, GroupConfig], ...]:
+        """The instance groups that this config asks for, in the order in which they take devices."""
+        groups = ((Role.PREFILL, self.prefill), (Role.DECODE, self.decode), (Role.MIXED, self.mixed))
+        return tuple((role, group) for role, group in groups if group.instances)
+
+    def devices(self) -> int:
+        """Devices that all instances take together."""
+        return sum(group.instances * group.tp * group.pp for _, group in self.groups())
+
+    def check(self) -> None:
+        """Refuse what no model and no machine could make right.
+
+        Raises:
+            ValueError: one sentence with field, value and limit.
+        """
+        for name, group in (("prefill", self.prefill), ("decode", self.decode), ("mixed", self.mixed)):
+            _at_least(f"{name}.instances", group.instances, 0)
+            _at_least(f"{name}.tp", group.tp, 1)
+            if group.pp != 1:
+                raise ValueError(f"{name}.pp = {group.pp} is not supported yet: pipeline parallelism must be 1")
+        for name, group in (("prefill", self.prefill), ("mixed", self.mixed)):
+            for knob in ("max_step_tokens", "max_step_sequences", "saturation_tokens"):
+                _at_least(f"{name}.{knob}", getattr(group, knob), 1)
+            for bucket in group.token_buckets:
+                _at_least(f"{name}.token_buckets", bucket, 1)
+        _at_least("decode.slots", self.decode.slots, 1)
+        _at_least("mixed.slots", self.mixed.slots, 1)
+        _at_least("cache.page_size", self.cache.page_size, 1)
+        _at_least("cache.num_pages", self.cache.num_pages, 0)
+        if not 0 < self.cache.memory_fraction <= 1:
+            raise ValueError(f"cache.memory_fraction = {self.cache.memory_fraction} must be greater than 0, at most 1")
+        if not 0 < self.scheduler.pull_watermark <= 1:
+            raise ValueError(f"scheduler.pull_watermark = {self.scheduler.pull_watermark} must be greater than 0, at most 1")
+        _at_least("model.max_model_len", self.model.max_model_len, 0)
+        _at_least("engine.max_waiting", self.engine.max_waiting, 1)
+        _at_least("engine.log_capacity", self.engine.log_capacity, 0)
+        if not self.engine.deadline_s >= 0:
+            raise ValueError(f"engine.deadline_s = {self.engine.deadline_s} must be 0 or more")
+        if not self.groups():
+            raise ValueError("prefill.instances, decode.instances and mixed.instances are all 0: nothing would serve")
+        if self.policy == "disaggregated" and not (self.prefill.instances and self.decode.instances):
+            raise ValueError(
+                f"policy = disaggregated needs prefill.instances >= 1 and decode.instances >= 1, "
+                f"got {self.prefill.instances} and {self.decode.instances}"
+            )
+
+
+def _at_least(name: str, value: int, low: int) -> None:
+    if value < low:
+        raise ValueError(f"{name} = {value} must be at least {low}")

@@ -1,0 +1,236 @@
+"""What a scheduler hears and what it answers: the only language between planning and doing.
+
+Plain values of ids and integers. No jax, no clock, no token values: the same events and commands pass between a
+scheduler and real devices, between a scheduler and the simulator, and through the recorder.
+
+The contract of an executor, on which every scheduler leans:
+
+* each `Run` on a living epoch is answered by exactly one `StepDone`; steps of one (instance, lane) finish in order;
+* each `Copy` with a living end is answered by exactly one `CopyDone`, also when it failed;
+* nothing needs to come back from a dead epoch, and what still comes back is ignored.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+STAGES = ("prefill_queueing", "prefill_execution", "kv_transmission", "decode_queueing", "decode_execution")
+"""The five stages of a request's life (DistServe, section 6.3), in order."""
+
+
+class Role(enum.StrEnum):
+    """What an instance is for."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+
+class Medium(enum.StrEnum):
+    """Which memory of an instance one end of a copy lies in."""
+
+    DEVICE = "device"
+    HOST = "host"
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """Latency targets of one request, in nanoseconds."""
+
+    ttft_ns: int
+    tpot_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request as the scheduler sees it: lengths and limits, never the tokens themselves.
+
+    `id` also names its one sequence. `max_tokens` bounds the output. `deadline_ns` is a point on the scheduler's
+    clock. `lockstep` marks a sequence whose last token's value is needed before its next step is planned.
+    """
+
+    id: int
+    prompt_tokens: int
+    max_tokens: int
+    seed: int = 0
+    deadline_ns: int | None = None
+    slo: Slo | None = None
+    lockstep: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """A full copy of the weights with its own pool of KV pages; `epoch` counts its lives."""
+
+    id: int
+    role: Role
+    epoch: int
+    pages: int
+    page_size: int
+    lanes: int = 1
+    """Pipeline stages, hence batches in flight side by side."""
+    slots: int = 0
+    """Sequences that one lane can decode in one step."""
+    max_step_tokens: int = 0
+    """Prompt tokens that one step can hold; a longer prompt runs in chunks."""
+    max_step_sequences: int = 0
+    """Prompts that one step can hold."""
+    saturation_tokens: int = 0
+    """L_m: the shortest prompt that keeps the devices busy (DistServe, section 3.1)."""
+
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """The sequence is over (stop token, stop string, client gone); may come late, twice, or for one long gone."""
+
+    sequence: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """A step's results are on the host. `emitted` counts tokens really kept, per sequence that samples in the step."""
+
+    step: int
+    emitted: Mapping[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class CopyDone:
+    """A copy has landed (`ok`) or will never land. Neither end is read or written by it from now on."""
+
+    copy: int
+    ok: bool
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceUp:
+    instance: Instance
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceLost:
+    """The instance's epoch is dead, and every page of it gone."""
+
+    instance: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Give the instance no new work; what it has runs to its end."""
+
+    instance: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timer:
+    """A timer asked for by `SetTimer` is due; may be late."""
+
+    key: str
+
+
+Event = Arrived | Stopped | StepDone | CopyDone | InstanceUp | InstanceLost | Drain | Timer
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+class Prefill(NamedTuple):
+    """Run tokens [start, start + length) of prompt + confirmed output; sample one more token if `samples`."""
+
+    sequence: int
+    start: int
+    length: int
+    samples: bool
+    new_pages: tuple[int, ...] = ()
+    """Appended to the sequence's page table on this instance; a start of 0 begins a new table."""
+
+
+class Decode(NamedTuple):
+    """Feed the sequence's last token and sample the next, in this slot of the lane's running batch."""
+
+    sequence: int
+    slot: int
+    new_pages: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """All that an instance is told to do in one go; either list may be empty."""
+
+    id: int
+    instance: int
+    epoch: int
+    lane: int
+    prefills: tuple[Prefill, ...] = ()
+    decodes: tuple[Decode, ...] = ()
+
+
+class Place(NamedTuple):
+    """One end of a copy."""
+
+    instance: int
+    epoch: int
+    medium: Medium = Medium.DEVICE
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    step: Step
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Move KV pages: (source page, destination page) pairs in order of position. The destination's page table of the
+    sequence begins anew with the first copy of a series; `last` ends the series."""
+
+    id: int
+    sequence: int
+    source: Place
+    destination: Place
+    pages: tuple[tuple[int, int], ...]
+    last: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """The scheduler ends the sequence (it can never run, or ran out of time). `retry_after_s` if trying later helps."""
+
+    sequence: int
+    why: str
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SetTimer:
+    """Ask for `Timer(key)` at this time, or soon after."""
+
+    key: str
+    at_ns: int
+
+
+Command = Run | Copy | Reject | SetTimer
+
+
+class Scheduler(Protocol):
+    """A pure state machine: every decision, no device, no clock, no thread."""
+
+    def handle(self, event: Event, now_ns: int) -> list[Command]:
+        """Take one event in; answer with the commands to carry out, in this order. `now_ns` never goes back."""
+        ...
+
+
+def pages_for(tokens: int, page_size: int) -> int:
+    """Pages that hold `tokens` tokens: ceil(tokens / page_size)."""
+    return -(-tokens // page_size)
