@@ -1,0 +1,144 @@
+"""The shape of a decoder-only transformer: one dataclass that describes every family (no jax).
+
+Everything that differs between two families is a field here; `models/transformer.py` reads the fields and knows no
+family by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of one number, for every type that weights and KV may have."""
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+    """Positions divided by `factor` (position interpolation)."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1: long wavelengths divided by `factor`, short ones kept, and a ramp between the two."""
+
+    factor: float
+    low_frequency_factor: float
+    high_frequency_factor: float
+    original_max_positions: int
+
+
+RopeScaling = LinearScaling | Llama3Scaling
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One decoder-only transformer."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_positions: int
+    """Longest sequence (prompt and output) that the model was made for, in tokens."""
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    norm_first: bool = True
+    """Norms stand before attention and MLP; otherwise after the residual sum (OPT-350m)."""
+    final_norm: bool = True
+    """A norm after the last layer."""
+    activation: Literal["silu", "relu", "gelu", "gelu_tanh"] = "silu"
+    gated_mlp: bool = True
+    """down(act(gate x) * (up x)); otherwise down(act(up x))."""
+    positions: Literal["rope", "learned"] = "rope"
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    position_offset: int = 0
+    """Rows that a learned position table has before position 0 (2 in OPT)."""
+    embedding_size: int = 0
+    """Width of the token embeddings where it is not hidden_size (OPT-350m); 0: the same."""
+    attention_bias: bool = False
+    """Biases of query, key and value."""
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    tie_embeddings: bool = False
+    """The output weights are the token embeddings."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "intermediate_size",
+            "max_positions",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads = {self.num_heads} must be divisible by num_kv_heads = {self.num_kv_heads}")
+        if self.positions == "rope" and self.head_dim % 2:
+            raise ValueError(f"head_dim = {self.head_dim} must be even for rotary positions")
+
+    @property
+    def token_width(self) -> int:
+        """Width of the token embeddings."""
+        return self.embedding_size or self.hidden_size
+
+    @property
+    def attention_scale(self) -> float:
+        """What q.k is multiplied by before softmax: head_dim ** -0.5."""
+        return self.head_dim**-0.5
+
+    def check_tp(self, tp: int) -> None:
+        """Refuse a tensor parallelism that cannot share this model out evenly.
+
+        Raises:
+            ValueError: tp divides neither the heads nor the MLP, or neither divides nor is a multiple of the KV heads.
+        """
+        if tp < 1 or self.num_heads % tp:
+            raise ValueError(f"tp = {tp} does not divide the model's {self.num_heads} attention heads")
+        if self.num_kv_heads % tp and tp % self.num_kv_heads:
+            raise ValueError(f"tp = {tp} must divide, or be a multiple of, the model's {self.num_kv_heads} KV heads")
+        if self.intermediate_size % tp:
+            raise ValueError(f"tp = {tp} does not divide the model's MLP width {self.intermediate_size}")
+
+    def stored_kv_heads(self, tp: int) -> int:
+        """KV heads over all devices of an instance: each real one is held tp / num_kv_heads times when tp is larger."""
+        return max(self.num_kv_heads, tp)
+
+    def padded_vocab(self, tp: int) -> int:
+        """The vocabulary rounded up to a multiple of tp."""
+        return -(-self.vocab_size // tp) * tp
+
+    def parameters(self) -> int:
+        """Weights and biases of the whole model, counted once.
+
+        With E hidden, e embedding width, V vocabulary, H, K heads of size D, M MLP width, L layers:
+        L (E (H + 2K) D + H D E + (2 or 3) E M + norms + biases) + V e (twice unless tied) + positions + projections.
+        """
+        e, m = self.hidden_size, self.intermediate_size
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        inputs = 2 if self.gated_mlp else 1
+        norm = e if self.norm == "rms" else 2 * e
+        layer = e * (q + 2 * kv) + q * e + (inputs + 1) * e * m + 2 * norm
+        layer += self.attention_bias * (q + 2 * kv) + self.attention_output_bias * e + self.mlp_bias * (inputs * m + e)
+        total = self.num_layers * layer + self.final_norm * norm
+        total += self.vocab_size * self.token_width * (1 if self.tie_embeddings else 2)
+        if self.positions == "learned":
+            total += (self.max_positions + self.position_offset) * e
+        if self.token_width != e:
+            total += 2 * self.token_width * e
+        return total
+
+    def kv_bytes_per_token(self, dtype: str) -> int:
+        """Bytes of KV that one token holds over all layers and heads: 2 L K D bytes(dtype), replicas not counted."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[dtype]

@@ -1,0 +1,29 @@
+"""What decode attention over pages means: gather every page, mask, softmax, in float32."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def attend(
+    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array, lengths: jax.Array, *, scale: float
+) -> jax.Array:
+    """See the package."""
+    batch, heads, head_dim = q.shape
+    _, kv_heads, size, _ = k_pages.shape
+    page_table = jnp.clip(page_table, 0, k_pages.shape[0] - 1)
+
+    def gathered(pages: jax.Array) -> jax.Array:  # [B, K, S, D]
+        taken = pages[page_table].astype(jnp.float32)  # [B, max_pages, K, N, D]
+        return taken.transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, -1, head_dim)
+
+    grouped = q.astype(jnp.float32).reshape(batch, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("bkgd,bksd->bkgs", grouped, gathered(k_pages), precision=lax.Precision.HIGHEST) * scale
+    seen = (jnp.arange(scores.shape[-1]) < lengths[:, None])[:, None, None]  # [B, 1, 1, S]
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), where=seen)
+    # What lies in slots that are not seen may be anything, NaN included: 0 * NaN must not come in.
+    values = jnp.where(seen[:, 0, 0, :, None][:, None], gathered(v_pages), 0)
+    out = jnp.einsum("bkgs,bksd->bkgd", weights, values, precision=lax.Precision.HIGHEST)
+    return jnp.where((lengths > 0)[:, None, None], out.reshape(batch, heads, head_dim), 0).astype(q.dtype)

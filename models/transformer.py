@@ -1,0 +1,286 @@
+"""The decoder-only transformer that all families share, written for one device of a tensor-parallel group.
+
+The module runs inside `jax.shard_map`: its arrays are one device's shards, head counts are read off their shapes, and
+the collectives are written out (two sums per layer, as in Megatron-LM, section 3). With `axis=None` there is one
+device and nothing is summed: plain use and training.
+
+Weights lie as [out, in], which XLA:CPU multiplies faster for few tokens. Those with the same input are one array:
+`qkv` [K', G + 2, D, E] holds, per stored KV head, its G query heads, then its key, then its value, so that a cut along
+the first axis gives each device whole groups; `up` [2, M, E] holds gate and up (only up: [1, M, E]).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from ds_jax.architecture import Architecture
+from models import rope, sharding
+
+Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
+"""(layer, q [T, H, D], k [T, K, D], v [T, K, D]) -> [T, H, D]: local heads, q and k rotated, q not scaled."""
+
+Params = dict[str, Any]
+"""All parameters as plain nested dicts of arrays: the pure form of the module's nnx state (cheap to pass to jit)."""
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+def project(x: Float[Array, "T I"], weight: Float[Array, "O I"], out: Any = None) -> Float[Array, "T O"]:
+    """x times weight transposed; float32 at full precision (GPUs would take TF32 otherwise)."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return lax.dot_general(
+        x, weight, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=out or x.dtype
+    )
+
+
+def total(x: jax.Array, axis: str | None) -> jax.Array:
+    """The sum of x over the devices of the tensor-parallel group."""
+    return x if axis is None else lax.psum(x, axis)
+
+
+class Initialiser:
+    """Makes parameters with their logical axes: matrices of deviation fan_in ** -0.5, other constants as told."""
+
+    def __init__(self, dtype: Any, rngs: nnx.Rngs):
+        self.dtype, self.rngs = dtype, rngs
+
+    def matrix(self, *axes: tuple[str, int]) -> nnx.Param:
+        shape = tuple(size for _, size in axes)
+        value = jax.random.normal(self.rngs.params(), shape, jnp.float32) * shape[-1] ** -0.5
+        return nnx.Param(value.astype(self.dtype), axes=tuple(name for name, _ in axes))
+
+    def constant(self, value: float, *axes: tuple[str, int]) -> nnx.Param:
+        shape = tuple(size for _, size in axes)
+        return nnx.Param(jnp.full(shape, value, self.dtype), axes=tuple(name for name, _ in axes))
+
+
+class Norm(nnx.Module):
+    """RMS or layer norm over the hidden dimension, computed in float32."""
+
+    def __init__(self, arch: Architecture, init: Initialiser):
+        self.kind, self.eps = arch.norm, arch.norm_eps
+        self.weight = init.constant(1, ("embed", arch.hidden_size))
+        self.bias = init.constant(0, ("embed", arch.hidden_size)) if arch.norm == "layer" else None
+
+    def __call__(self, x: Float[Array, "T E"]) -> Float[Array, "T E"]:
+        wide = x.astype(jnp.float32)
+        if self.kind == "layer":
+            wide = wide - wide.mean(-1, keepdims=True)
+        wide = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
+        wide = wide * self.weight[...].astype(jnp.float32)
+        if self.bias is not None:
+            wide = wide + self.bias[...].astype(jnp.float32)
+        return wide.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention around an `attend` that knows where keys and values lie."""
+
+    def __init__(self, arch: Architecture, tp: int, init: Initialiser):
+        kv_heads = arch.stored_kv_heads(tp)
+        group = ("kv_heads", kv_heads), ("qkv", arch.num_heads // kv_heads + 2), ("head_dim", arch.head_dim)
+        embed = ("embed", arch.hidden_size)
+        self.qkv = init.matrix(*group, embed)
+        self.qkv_bias = init.constant(0, *group) if arch.attention_bias else None
+        self.out = init.matrix(embed, ("heads", arch.num_heads * arch.head_dim))
+        self.out_bias = init.constant(0, embed) if arch.attention_output_bias else None
+
+    def __call__(
+        self, x: Float[Array, "T E"], turn: Callable[[jax.Array], jax.Array], attend: Callable, axis: str | None
+    ) -> Float[Array, "T E"]:
+        kv_heads, group, head_dim, embed = self.qkv.shape
+        qkv = project(x, self.qkv[...].reshape(-1, embed))
+        if self.qkv_bias is not None:
+            qkv = qkv + self.qkv_bias[...].reshape(-1)
+        qkv = qkv.reshape(-1, kv_heads, group, head_dim)
+        q = qkv[:, :, : group - 2].reshape(-1, kv_heads * (group - 2), head_dim)
+        attended = attend(turn(q), turn(qkv[:, :, group - 2]), qkv[:, :, group - 1])
+        y = total(project(attended.reshape(x.shape[0], -1).astype(x.dtype), self.out[...]), axis)
+        return y if self.out_bias is None else y + self.out_bias[...]
+
+
+class Mlp(nnx.Module):
+    """down(act(gate x) * up x), or down(act(up x))."""
+
+    def __init__(self, arch: Architecture, init: Initialiser):
+        self.activation, self.gated = arch.activation, arch.gated_mlp
+        inputs, mlp, embed = (
+            ("inputs", 1 + arch.gated_mlp),
+            ("mlp", arch.intermediate_size),
+            ("embed", arch.hidden_size),
+        )
+        self.up = init.matrix(inputs, mlp, embed)
+        self.up_bias = init.constant(0, inputs, mlp) if arch.mlp_bias else None
+        self.down = init.matrix(embed, mlp)
+        self.down_bias = init.constant(0, embed) if arch.mlp_bias else None
+
+    def __call__(self, x: Float[Array, "T E"], axis: str | None) -> Float[Array, "T E"]:
+        inputs, width, embed = self.up.shape
+        y = project(x, self.up[...].reshape(-1, embed))
+        if self.up_bias is not None:
+            y = y + self.up_bias[...].reshape(-1)
+        y = y.reshape(-1, inputs, width)
+        activated = ACTIVATIONS[self.activation](y[:, 0])
+        y = total(project(activated * y[:, 1] if self.gated else activated, self.down[...]), axis)
+        return y if self.down_bias is None else y + self.down_bias[...]
+
+
+class Layer(nnx.Module):
+    """Attention and MLP, each added to the residual stream."""
+
+    def __init__(self, arch: Architecture, tp: int, init: Initialiser):
+        self.norm_first = arch.norm_first
+        self.attention_norm = Norm(arch, init)
+        self.attention = Attention(arch, tp, init)
+        self.mlp_norm = Norm(arch, init)
+        self.mlp = Mlp(arch, init)
+
+    def __call__(
+        self, x: Float[Array, "T E"], turn: Callable[[jax.Array], jax.Array], attend: Callable, axis: str | None
+    ) -> Float[Array, "T E"]:
+        if self.norm_first:
+            x = x + self.attention(self.attention_norm(x), turn, attend, axis)
+            return x + self.mlp(self.mlp_norm(x), axis)
+        x = self.attention_norm(x + self.attention(x, turn, attend, axis))
+        return self.mlp_norm(x + self.mlp(x, axis))
+
+
+class Transformer(nnx.Module):
+    """Token ids in, hidden states and logits out.
+
+    Args:
+        arch: what to build.
+        tp: devices that share each layer; sets how often KV heads are repeated and the vocabulary's padding.
+        dtype: of weights and activations.
+        rngs: random numbers of the initial weights.
+
+    Raises:
+        ValueError: tp does not fit the architecture.
+    """
+
+    def __init__(self, arch: Architecture, tp: int = 1, dtype: Any = jnp.float32, *, rngs: nnx.Rngs):
+        arch.check_tp(tp)
+        self.arch = arch
+        init = Initialiser(dtype, rngs)
+        vocab, width, embed = (
+            ("vocab", arch.padded_vocab(tp)),
+            ("token_width", arch.token_width),
+            ("embed", arch.hidden_size),
+        )
+        self.embedding = init.matrix(vocab, width)
+        learned, projected = arch.positions == "learned", arch.token_width != arch.hidden_size
+        self.positions = (
+            init.matrix(("position", arch.max_positions + arch.position_offset), embed) if learned else None
+        )
+        self.project_in = init.matrix(embed, width) if projected else None
+        self.project_out = init.matrix(width, embed) if projected else None
+        self.layers = nnx.List([Layer(arch, tp, init) for _ in range(arch.num_layers)])
+        self.final_norm = Norm(arch, init) if arch.final_norm else None
+        self.head = None if arch.tie_embeddings else init.matrix(vocab, width)
+
+    def __call__(
+        self, tokens: Int[Array, " T"], positions: Int[Array, " T"], attend: Attend, axis: str | None = None
+    ) -> Float[Array, "T E"]:
+        """Hidden states after the last layer, before the final norm (`logits` applies it, to the rows that need it).
+
+        Args:
+            tokens: ids; any value at padding, it is clamped.
+            positions: of each token in its sequence, from 0.
+            attend: attention over this device's heads, called once per layer in order.
+            axis: name of the mesh axis of the tensor-parallel group; None on a single device.
+        """
+        x = self._embed(tokens, axis)
+        if self.project_in is not None:
+            x = project(x, self.project_in[...])
+        turn: Callable[[jax.Array], jax.Array] = lambda heads: heads  # noqa: E731
+        if self.positions is not None:
+            x = x + self.positions[...].at[positions + self.arch.position_offset].get(mode="clip")
+        else:
+            cosine, sine = rope.angles(self.arch, positions)
+            turn = functools.partial(rope.rotate, cosine=cosine, sine=sine)
+        for number, layer in enumerate(self.layers):
+            x = layer(x, turn, functools.partial(attend, number), axis)
+        return x
+
+    def logits(self, hidden: Float[Array, "T E"], axis: str | None = None) -> Float[Array, "T V"]:
+        """Next-token logits over the whole vocabulary, float32, on every device."""
+        if self.final_norm is not None:
+            hidden = self.final_norm(hidden)
+        if self.project_out is not None:
+            hidden = project(hidden, self.project_out[...])
+        weight = self.embedding if self.head is None else self.head
+        logits = project(hidden, weight[...], jnp.float32)
+        if axis is not None:
+            logits = lax.all_gather(logits, axis, axis=1, tiled=True)
+        return logits[:, : self.arch.vocab_size]
+
+    def _embed(self, tokens: Int[Array, " T"], axis: str | None) -> Float[Array, "T e"]:
+        table = self.embedding[...]
+        if axis is None:
+            return table.at[tokens].get(mode="clip")
+        # Each device looks up the tokens of its own rows; the sum has exactly one term that is not zero.
+        rows = jnp.clip(tokens, 0, self.arch.vocab_size - 1) - lax.axis_index(axis) * table.shape[0]
+        mine = (rows >= 0) & (rows < table.shape[0])
+        return lax.psum(jnp.where(mine[:, None], table.at[rows].get(mode="clip"), 0), axis)
+
+
+def abstract_model(arch: Architecture, tp: int, dtype: Any) -> Transformer:
+    """The module with shapes in place of arrays: nothing is computed or allocated."""
+    return nnx.eval_shape(lambda: Transformer(arch, tp, dtype, rngs=nnx.Rngs(0)))
+
+
+def logical_axes(arch: Architecture, tp: int = 1) -> Params:
+    """The logical axis names of every parameter, as a tree like the parameters."""
+    state = nnx.state(abstract_model(arch, tp, jnp.float32))
+    return nnx.to_pure_dict(jax.tree.map(lambda p: p.axes, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
+
+
+def abstract_params(arch: Architecture, tp: int, dtype: Any, mesh: Mesh) -> tuple[nnx.GraphDef, Params]:
+    """The module's structure, and every parameter as a ShapeDtypeStruct with its sharding on `mesh`.
+
+    `nnx.merge(graphdef, params)` makes the module again, inside or outside a program; the partition of each
+    parameter, as `jax.shard_map` wants it, is `partition_specs(params)`.
+    """
+    graphdef, state = nnx.split(abstract_model(arch, tp, dtype))
+    leaves = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.sharding_of(leaf.axes, mesh))
+        for path, leaf in nnx.to_flat_state(state)
+    }
+    return graphdef, nnx.traversals.unflatten_mapping(leaves)
+
+
+def partition_specs(params: Params) -> Any:
+    """The PartitionSpec of every parameter, from its sharding."""
+    return jax.tree.map(lambda leaf: leaf.sharding.spec, params)
+
+
+def params_of(model: Transformer) -> Params:
+    """A module's parameters as plain nested dicts, as programs take them."""
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+__all__ = [
+    "Attend",
+    "Params",
+    "PartitionSpec",
+    "Transformer",
+    "abstract_model",
+    "abstract_params",
+    "logical_axes",
+    "params_of",
+    "partition_specs",
+]
