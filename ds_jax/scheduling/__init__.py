@@ -1,0 +1,33 @@
+"""Schedulers: each system of the papers is one, by name; a user's own is `my.module:Scheduler`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import cast
+
+from ds_jax.config import SchedulerConfig
+from ds_jax.protocol import Scheduler
+
+POLICIES = {
+    "disaggregated": "ds_jax.scheduling.disaggregated:Disaggregated",
+}
+
+
+def create_scheduler(policy: str, options: SchedulerConfig | None = None) -> Scheduler:
+    """The scheduler of this name, or the class at `module:Class`, built with `options`.
+
+    Raises:
+        ValueError: no such policy, module or class.
+    """
+    target = POLICIES.get(policy, policy)
+    module, separator, name = target.partition(":")
+    if not separator:
+        near = difflib.get_close_matches(policy, POLICIES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"policy = {policy!r} is neither one of {', '.join(POLICIES)} nor my.module:Scheduler{hint}")
+    try:
+        made = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"policy = {policy!r} cannot be imported: {error}") from error
+    return cast(Scheduler, made(options or SchedulerConfig()))

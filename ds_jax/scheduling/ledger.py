@@ -1,0 +1,118 @@
+"""The page ledger of one instance: who holds which KV pages, and what in flight still needs them.
+
+Pages are held through a `Lease`: one sequence's pages on one instance, in order of position. A step or copy in flight
+pins the leases that it names. The pages of a lease go back to the free list when nobody holds it and nothing pins it,
+so that a page can never be handed out while a device may still read or write it.
+
+Accounts are kept per lease and not per page, so that pinning a sequence costs the same for ten tokens as for ten
+thousand; per page, `references(page) == holders + pins` still holds when a lease counts once as long as it lives.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from ds_jax.protocol import pages_for
+
+
+class Lease:
+    """One sequence's pages on one instance, in order of position."""
+
+    __slots__ = ("held", "pages", "pins")
+
+    def __init__(self, pages: list[int]):
+        self.pages = pages
+        self.held = True
+        self.pins = 0
+
+
+class PageLedger:
+    """Ask with `can_take`, act with `take`, `grow`, `drop`, `pin`, `unpin`."""
+
+    def __init__(self, pages: int, page_size: int):
+        self.pages = pages
+        self.page_size = page_size
+        self._free = list(range(pages - 1, -1, -1))
+        self._leases: set[Lease] = set()
+        self._leaving = 0
+
+    @property
+    def free(self) -> int:
+        """Pages that can be taken now."""
+        return len(self._free)
+
+    @property
+    def used(self) -> int:
+        return self.pages - len(self._free)
+
+    @property
+    def leaving(self) -> int:
+        """Pages that nobody holds any more and that come free when what pins them is done."""
+        return self._leaving
+
+    def can_take(self, tokens: int) -> bool:
+        return pages_for(tokens, self.page_size) <= len(self._free)
+
+    def take(self, tokens: int) -> Lease:
+        """Lease the pages for `tokens` tokens; `can_take` must hold."""
+        lease = Lease(self._pop(pages_for(tokens, self.page_size)))
+        self._leases.add(lease)
+        return lease
+
+    def grow(self, lease: Lease, pages: int) -> tuple[int, ...]:
+        """Add `pages` pages to a lease; returns the new ones."""
+        assert lease.held, "only a held lease grows"
+        new = self._pop(pages)
+        lease.pages.extend(new)
+        return tuple(new)
+
+    def drop(self, lease: Lease) -> None:
+        """The sequence lets go of its pages."""
+        assert lease.held, "a lease is dropped once"
+        lease.held = False
+        if lease.pins:
+            self._leaving += len(lease.pages)
+        else:
+            self._reclaim(lease)
+
+    def pin(self, lease: Lease) -> None:
+        """A step or copy that names the lease is in flight."""
+        lease.pins += 1
+
+    def unpin(self, lease: Lease) -> None:
+        """That step or copy is done."""
+        lease.pins -= 1
+        if not lease.pins and not lease.held:
+            self._leaving -= len(lease.pages)
+            self._reclaim(lease)
+
+    def references(self, page: int) -> int:
+        """Living leases that contain the page."""
+        return sum(page in lease.pages for lease in self._leases)
+
+    def check(self) -> None:
+        """Recount everything.
+
+        Raises:
+            AssertionError: the accounts do not balance.
+        """
+        counts = Counter(page for lease in self._leases for page in lease.pages)
+        assert all(lease.held or lease.pins > 0 for lease in self._leases), "a lease lives without holder or pin"
+        assert all(lease.pins >= 0 for lease in self._leases), "a lease was unpinned too often"
+        assert all(count == 1 for count in counts.values()), f"pages leased twice: {counts}"
+        assert len(set(self._free)) == len(self._free), "a page is free twice"
+        assert not counts.keys() & set(self._free), "a leased page is free"
+        assert len(self._free) + len(counts) == self.pages, "a page is neither free nor leased"
+        assert self._leaving == sum(len(lease.pages) for lease in self._leases if not lease.held), "leaving is off"
+
+    def _pop(self, pages: int) -> list[int]:
+        assert pages <= len(self._free), f"{pages} pages asked for, {len(self._free)} are free"
+        if not pages:
+            return []
+        new = self._free[-pages:][::-1]
+        del self._free[-pages:]
+        return new
+
+    def _reclaim(self, lease: Lease) -> None:
+        self._leases.remove(lease)
+        self._free.extend(reversed(lease.pages))
