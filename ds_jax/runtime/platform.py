@@ -1,0 +1,37 @@
+"""Which devices JAX will offer, settled before it starts a backend."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+
+from ds_jax import check_siblings
+from ds_jax.config import Config
+
+_COUNT_FLAG = "xla_force_host_platform_device_count"
+
+
+def force_host_devices(config: Config) -> None:
+    """Let the CPU backend offer as many devices as the configuration asks for.
+
+    Call it before anything touches a device. Harmless where an accelerator serves: only the CPU backend reads the
+    number. A number in XLA_FLAGS is the user's own, and stays.
+
+    Raises:
+        ImportError: another package `models` or `kernels` shadows ours.
+        ValueError: JAX has already started with fewer CPU devices.
+    """
+    check_siblings()
+    wanted = max(config.devices(), 1)
+    if _COUNT_FLAG in os.environ.get("XLA_FLAGS", "") or jax.config.jax_num_cpu_devices >= wanted:
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", wanted)
+    except RuntimeError:
+        present = len(jax.devices("cpu"))
+        if jax.default_backend() == "cpu" and present < wanted:
+            raise ValueError(
+                f"the configuration asks for {wanted} devices, but JAX has already started with {present} CPU devices: "
+                f"set jax_num_cpu_devices = {wanted} before the first use of JAX"
+            ) from None
