@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from ds_jax.architecture import Architecture
@@ -53,19 +53,26 @@ def total(x: jax.Array, axis: str | None) -> jax.Array:
 
 
 class Initialiser:
-    """Makes parameters with their logical axes: matrices of deviation fan_in ** -0.5, other constants as told."""
+    """Makes parameters: matrices of deviation fan_in ** -0.5, and constants.
+
+    Each carries its logical axes in `axes`, and in `fill` the constant that it starts as (None: random).
+    """
 
     def __init__(self, dtype: Any, rngs: nnx.Rngs):
         self.dtype, self.rngs = dtype, rngs
 
     def matrix(self, *axes: tuple[str, int]) -> nnx.Param:
-        shape = tuple(size for _, size in axes)
-        value = jax.random.normal(self.rngs.params(), shape, jnp.float32) * shape[-1] ** -0.5
-        return nnx.Param(value.astype(self.dtype), axes=tuple(name for name, _ in axes))
+        names, shape = zip(*axes, strict=True)
+        return nnx.Param(random_matrix(self.rngs.params(), shape, self.dtype), axes=names, fill=None)
 
     def constant(self, value: float, *axes: tuple[str, int]) -> nnx.Param:
-        shape = tuple(size for _, size in axes)
-        return nnx.Param(jnp.full(shape, value, self.dtype), axes=tuple(name for name, _ in axes))
+        names, shape = zip(*axes, strict=True)
+        return nnx.Param(jnp.full(shape, value, self.dtype), axes=names, fill=value)
+
+
+def random_matrix(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Normal numbers that keep the size of what they are multiplied with: the last axis is the one summed over."""
+    return (jax.random.normal(key, shape, jnp.float32) * shape[-1] ** -0.5).astype(dtype)
 
 
 class Norm(nnx.Module):
@@ -243,12 +250,6 @@ def abstract_model(arch: Architecture, tp: int, dtype: Any) -> Transformer:
     return nnx.eval_shape(lambda: Transformer(arch, tp, dtype, rngs=nnx.Rngs(0)))
 
 
-def logical_axes(arch: Architecture, tp: int = 1) -> Params:
-    """The logical axis names of every parameter, as a tree like the parameters."""
-    state = nnx.state(abstract_model(arch, tp, jnp.float32))
-    return nnx.to_pure_dict(jax.tree.map(lambda p: p.axes, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
-
-
 def abstract_params(arch: Architecture, tp: int, dtype: Any, mesh: Mesh) -> tuple[nnx.GraphDef, Params]:
     """The module's structure, and every parameter as a ShapeDtypeStruct with its sharding on `mesh`.
 
@@ -271,16 +272,3 @@ def partition_specs(params: Params) -> Any:
 def params_of(model: Transformer) -> Params:
     """A module's parameters as plain nested dicts, as programs take them."""
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
-
-
-__all__ = [
-    "Attend",
-    "Params",
-    "PartitionSpec",
-    "Transformer",
-    "abstract_model",
-    "abstract_params",
-    "logical_axes",
-    "params_of",
-    "partition_specs",
-]

@@ -1,4 +1,4 @@
-"""Prefill attention as a loop over (query block, key block) pairs that exist, with online softmax (FlashAttention-2)."""
+"""Prefill attention as a loop over the pairs of query and key block that exist, with online softmax."""
 
 from __future__ import annotations
 
