@@ -1,0 +1,345 @@
+"""Joins one scheduler to an executor in real time: requests in, tokens out.
+
+One thread, the dispatch thread, owns the scheduler and starts all device work; nothing on it blocks. Everything else
+talks to it through `call_soon`: front ends submit and stop requests, the executor's readers bring results. Tokens leave
+through one `listener`, called once per step with all updates of that step, so that a front end pays one wake-up per
+step and not one per token.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+from ds_jax.config import Config
+from ds_jax.errors import Draining, Overloaded, RequestError
+from ds_jax.metrics import RequestTimes, StageClock
+from ds_jax.protocol import (
+    Arrived,
+    Copy,
+    CopyDone,
+    Event,
+    Instance,
+    InstanceLost,
+    InstanceUp,
+    Reject,
+    Request,
+    Run,
+    SetTimer,
+    StepDone,
+    Stopped,
+    Timer,
+)
+from ds_jax.recorder import Recorder
+from ds_jax.runtime.executor import InProcessExecutor
+from ds_jax.runtime.sequence import Sequence
+from ds_jax.sampling import SamplingParams
+from ds_jax.scheduling import create_scheduler
+
+log = logging.getLogger(__name__)
+
+
+class Update(NamedTuple):
+    """What one step, or one ending, brought for one request."""
+
+    request: int
+    token_ids: list[int]
+    finish_reason: str | None = None
+    """stop, length, abort, deadline or error; None while the request goes on."""
+    times: RequestTimes | None = None
+    """Stages and latencies, with the last update."""
+    error: str | None = None
+    retry_after_s: float | None = None
+
+
+Listener = Callable[[list[Update]], None]
+
+
+class Engine:
+    """Serves token ids: text belongs to the front ends (`llm.py`, `async_engine.py`).
+
+    `listener` is called on the dispatch thread and must not block. All public methods may be called from any thread.
+
+    Raises:
+        ValueError, FileNotFoundError: config, checkpoint and devices do not fit together; one sentence.
+    """
+
+    def __init__(self, config: Config, listener: Listener, *, devices: Any = None, progress: bool = True):
+        config.check()
+        self.config = config
+        self.scheduler = create_scheduler(config.policy, config.scheduler)
+        self.recorder = Recorder(config.engine.log_capacity)
+        self._ask = self.recorder.wrap(self.scheduler).handle
+        self.executor = InProcessExecutor(config, devices=devices, progress=progress)
+        self.max_model_len = self.executor.max_model_len
+        self._eos = frozenset(self.executor.checkpoint.eos_token_ids)
+        self._listener = listener
+        self._clock = StageClock()
+        self._inbox: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="ds-jax-dispatch", daemon=True)
+        self._now_ns = 0
+        self._timers: list[tuple[int, str]] = []
+        self._living: dict[int, Sequence] = {}
+        self._deadlines: dict[int, int] = {}
+        self._unstarted: set[int] = set()
+        self._updates: list[Update] = []
+        self._alive: dict[int, Instance] = {}
+        self._ids = itertools.count()
+        self._draining = False
+        self._closed = False
+        self._failure: str | None = None
+        self._idle_waiters: list[Future[None]] = []
+        self._counts = {"finished": 0, "prompt_tokens": 0, "output_tokens": 0}
+
+    # --- any thread ---------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self.executor.start(self)
+        for instance in self.executor.instances:
+            self.call_soon(self.instance_up, instance)
+        self._thread.start()
+
+    def check(self, prompt: list[int], params: SamplingParams) -> None:
+        """Refuse what can never run.
+
+        Raises:
+            RequestError: one sentence with field, value and limit.
+        """
+        vocabulary = self.executor.arch.vocab_size
+        if not prompt:
+            raise RequestError("prompt is empty: at least 1 token is needed", "prompt")
+        if not all(isinstance(token, int) and 0 <= token < vocabulary for token in prompt):
+            wrong = next(token for token in prompt if not isinstance(token, int) or not 0 <= token < vocabulary)
+            raise RequestError(f"prompt has token id {wrong!r}; the vocabulary is 0 to {vocabulary - 1}", "prompt")
+        limit = self.max_model_len
+        whose = "the model" if self.executor.limit_reason == "model" else "the pool of KV pages"
+        if len(prompt) >= limit:
+            raise RequestError(f"prompt has {len(prompt)} tokens; {whose} allows {limit} with the output", "prompt")
+        if len(prompt) + params.max_tokens > limit:
+            raise RequestError(
+                f"max_tokens = {params.max_tokens} with a prompt of {len(prompt)} tokens exceeds the {limit} tokens "
+                f"that {whose} allows: at most {limit - len(prompt)}",
+                "max_tokens",
+            )
+
+    def submit(self, prompt: list[int], params: SamplingParams, deadline_s: float | None = None) -> int:
+        """Queue a request; its updates go to the listener under the id returned.
+
+        Raises:
+            RequestError: it can never run.
+            Overloaded: `engine.max_waiting` requests wait already.
+            Draining: the engine is shutting down, or has failed.
+        """
+        self.check(prompt, params)
+        if self._failure is not None:
+            raise Draining(f"the engine has failed: {self._failure}")
+        if self._draining:
+            raise Draining("the server is shutting down")
+        if len(self._unstarted) >= self.config.engine.max_waiting:
+            raise Overloaded(f"{len(self._unstarted)} requests are waiting already (engine.max_waiting)", 1.0)
+        seed = random.getrandbits(63) if params.seed is None else params.seed
+        sequence = Sequence(next(self._ids), prompt, [], params, seed)
+        self._unstarted.add(sequence.id)
+        deadline_s = deadline_s if deadline_s is not None else self.config.engine.deadline_s or None
+        deadline_ns = None if deadline_s is None else time.monotonic_ns() + int(deadline_s * 1e9)
+        self.call_soon(self._arrive, sequence, deadline_ns)
+        return sequence.id
+
+    def stop(self, request: int, reason: str = "abort") -> None:
+        """End a request (client gone, stop string); nothing happens if it is over already."""
+        self.call_soon(self._stop, request, reason)
+
+    def call_soon(self, callback: Callable[..., None], *args: Any) -> None:
+        """Run the callback on the dispatch thread."""
+        self._inbox.put((callback, args))
+
+    @property
+    def healthy(self) -> bool:
+        """Whether every role of the config has a living instance and the engine itself is well."""
+        roles = {instance.role for instance in self._alive.values()}
+        return self._failure is None and all(role in roles for role, _ in self.config.groups())
+
+    def statistics(self) -> dict[str, Any]:
+        """Counters and gauges of the moment."""
+        ledgers: Mapping[int, Any] = getattr(self.scheduler, "ledgers", {})
+        return {
+            "requests": len(self._living),
+            "waiting": len(self._unstarted),
+            **self._counts,
+            "compilations_while_serving": self.executor.compilations.count,
+            "instances": [
+                {"id": id, "role": instance.role.value, "epoch": instance.epoch, "pages": instance.pages}
+                | ({"pages_used": ledgers[id].used} if id in ledgers else {})
+                for id, instance in sorted(self._alive.copy().items())
+            ],
+        }
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Take no new requests and wait until all are done; False if that took longer than `timeout_s`."""
+        self._draining = True
+        idle: Future[None] = Future()
+        self.call_soon(self._when_idle, idle)
+        try:
+            idle.result(timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Abort what still runs, stop the thread, free the devices."""
+        if self._closed:
+            return
+        self._draining = self._closed = True
+        if self._thread.is_alive():
+            self.call_soon(self._abort_all)
+            self._inbox.put((_quit, ()))
+            self._thread.join()
+        self.executor.close()
+
+    # --- the dispatch thread: requests --------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            try:
+                callback, args = self._inbox.get(timeout=self._until_next_timer_s())
+            except queue.Empty:
+                callback, args = _nothing, ()
+            if callback is _quit:
+                return
+            self._now_ns = time.monotonic_ns()
+            try:
+                callback(*args)
+                self._ring()
+            except Exception as error:  # a bug: nobody must wait for tokens that will never come
+                log.exception("the engine failed")
+                self._fail(f"{type(error).__name__}: {error}")
+            self._deliver()
+
+    def _until_next_timer_s(self) -> float | None:
+        if not self._timers:
+            return None
+        return max(0.0, (self._timers[0][0] - time.monotonic_ns()) / 1e9)
+
+    def _ring(self) -> None:
+        while self._timers and self._timers[0][0] <= self._now_ns:
+            self._handle(Timer(heapq.heappop(self._timers)[1]))
+
+    def _arrive(self, sequence: Sequence, deadline_ns: int | None) -> None:
+        self._living[sequence.id] = sequence
+        if self._failure is not None:
+            return self._finish(sequence, "error", error=self._failure)
+        if deadline_ns is not None:
+            self._deadlines[sequence.id] = deadline_ns
+        params = sequence.sampling
+        self._handle(
+            Arrived(Request(sequence.id, len(sequence.prompt), params.max_tokens, sequence.seed, deadline_ns))
+        )
+
+    def _stop(self, request: int, reason: str) -> None:
+        sequence = self._living.get(request)
+        if sequence is not None:
+            self._handle(Stopped(request, reason))
+            self._finish(sequence, reason)
+
+    def _finish(self, sequence: Sequence, reason: str, error: str | None = None, retry: float | None = None) -> None:
+        """The request is over: tell its listener, forget it everywhere."""
+        del self._living[sequence.id]
+        self._unstarted.discard(sequence.id)
+        self._deadlines.pop(sequence.id, None)
+        self.executor.forget(sequence.id)
+        times = self._clock.pop(sequence.id) if self._clock.ended(sequence.id) else None
+        self._updates.append(Update(sequence.id, [], reason, times, error, retry))
+        self._counts["finished"] += 1
+        self._counts["prompt_tokens"] += len(sequence.prompt)
+        self._counts["output_tokens"] += len(sequence.output)
+
+    def _deliver(self) -> None:
+        if self._updates:
+            updates, self._updates = self._updates, []
+            self._listener(updates)
+        if not self._living and self._idle_waiters:
+            for idle in self._idle_waiters:
+                idle.set_result(None)
+            self._idle_waiters = []
+
+    def _when_idle(self, idle: Future[None]) -> None:
+        self._idle_waiters.append(idle)
+
+    def _abort_all(self) -> None:
+        for request in list(self._living):
+            self._stop(request, "abort")
+
+    def _fail(self, why: str) -> None:
+        self._failure = why
+        for sequence in list(self._living.values()):
+            self._finish(sequence, "error", error=f"the engine failed: {why}")
+
+    # --- the dispatch thread: scheduler and executor ------------------------------------------------------------------
+
+    def _handle(self, event: Event) -> None:
+        """Ask the scheduler, stamp the stages, carry out."""
+        if self._failure is not None:
+            return
+        now_ns = self._now_ns
+        commands = self._ask(event, now_ns)
+        self._clock.hear(event, commands, now_ns)
+        for command in commands:
+            match command:
+                case Run(step):
+                    self._unstarted.difference_update(prefill.sequence for prefill in step.prefills)
+                    self.executor.run(step, self._living)
+                case Copy():
+                    self.executor.copy(command)
+                case SetTimer(key, at_ns):
+                    heapq.heappush(self._timers, (at_ns, key))
+                case Reject(sequence, why, retry_after_s):
+                    late = self._deadlines.get(sequence, now_ns + 1) <= now_ns
+                    self._finish(self._living[sequence], "deadline" if late else "error", why, retry_after_s)
+
+    def step_done(self, step_id: int, tokens: dict[int, int]) -> None:
+        """A step's tokens are on the host. Those of sequences that are over are surplus and dropped."""
+        kept = {id: token for id, token in tokens.items() if id in self._living}
+        for id, token in kept.items():
+            self._living[id].output.append(token)
+            self._updates.append(Update(id, [token]))
+        self._handle(StepDone(step_id, dict.fromkeys(kept, 1)))
+        for id, token in kept.items():
+            sequence = self._living.get(id)
+            if sequence is None:
+                continue
+            if token in self._eos and not sequence.sampling.ignore_eos:
+                self._stop(id, "stop")
+            elif len(sequence.output) >= sequence.sampling.max_tokens:
+                self._finish(sequence, "length")
+
+    def copy_done(self, copy_id: int, ok: bool) -> None:
+        """A copy has landed, or never will."""
+        self._handle(CopyDone(copy_id, ok))
+
+    def instance_up(self, instance: Instance) -> None:
+        """An instance takes work from now on."""
+        self._alive[instance.id] = instance
+        self._handle(InstanceUp(instance))
+
+    def instance_lost(self, instance: int, epoch: int, why: str) -> None:
+        """An instance lost its pages; whatever ran there is replayed elsewhere, or there once it is back."""
+        log.error("instance %d (epoch %d) is lost: %s", instance, epoch, why)
+        self._alive.pop(instance, None)
+        self._handle(InstanceLost(instance, epoch))
+
+
+def _quit() -> None:
+    """Ends the dispatch thread."""
+
+
+def _nothing() -> None:
+    """Only a timer is due."""
