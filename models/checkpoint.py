@@ -113,11 +113,10 @@ def load_params(checkpoint: Checkpoint, mesh: Mesh, dtype: Any) -> Params:
         return np.asarray(files[tensor.file].get_slice(tensor.name)[index])
 
     def load(parameter: Parameter) -> jax.Array:
-        return jax.make_array_from_callback(
-            parameter.shape,
-            sharding_of(parameter.axes, mesh),
-            lambda index: parameter.join(index, read).astype(jnp.dtype(dtype)),
-        )
+        def part(index: Any) -> np.ndarray:
+            return parameter.join(index, read).astype(jnp.dtype(dtype))
+
+        return jax.make_array_from_callback(parameter.shape, sharding_of(parameter.axes, mesh), part)
 
     return _tree({parameter.path: load(parameter) for parameter in parameters(checkpoint.arch, mesh.shape[TENSOR])})
 

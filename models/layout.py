@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +23,7 @@ class Parameter:
     """One parameter of the module, as it lies on an instance of some tp."""
 
     arch: Architecture
-    path: tuple[str | int, ...]
+    path: tuple[Any, ...]
     names: tuple[str, ...]
     """The tensors of a Hugging Face checkpoint that it holds."""
     shape: tuple[int, ...]

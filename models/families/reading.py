@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-WeightNames = dict[tuple[str | int, ...], tuple[str, ...]]
+WeightNames = dict[tuple[Any, ...], tuple[str, ...]]
 """Path of a parameter in the module -> its names in the checkpoint, in the order in which they are joined."""
 
 ACTIVATIONS = {
