@@ -29,14 +29,14 @@ def _gpu_tests_are_asked_for(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Set JAX up before any test module can start a backend."""
+    """Set JAX up before any test module can start a backend; processes that tests start inherit it."""
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CHECKOUT / ".cache" / "xla-tests")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    if not _gpu_tests_are_asked_for(config):
+        os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
-    if not _gpu_tests_are_asked_for(config):
-        jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
-    jax.config.update("jax_compilation_cache_dir", str(CHECKOUT / ".cache" / "xla-tests"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
