@@ -1,0 +1,1 @@
+"""All that holds device memory: meshes, programs, KV pools, sampling, hand-overs, and the executor that runs them."""
