@@ -1,0 +1,190 @@
+"""Requests come, go, hang up, run out of time and ask for the impossible; instances fail; nothing leaks or hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from ds_jax.async_engine import AsyncEngine, Output
+from ds_jax.config import EngineConfig
+from ds_jax.errors import Draining, Overloaded, RequestError
+from ds_jax.llm import LLM
+from ds_jax.sampling import SamplingParams
+from tests import goldens
+from tests.engine.serving import config_for, mixed_requests, serve
+
+CASE = goldens.CASES[0]
+GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with serve(config_for(CASE)) as llm:
+        yield llm
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def pages_used(llm: LLM) -> int:
+    return sum(instance["pages_used"] for instance in llm.engine.statistics()["instances"])
+
+
+def test_no_compilation_while_200_mixed_requests_are_served(llm: LLM) -> None:
+    prompts, params = mixed_requests(200, llm.engine.executor.arch.vocab_size, seed=2)
+    outputs = llm.generate(prompts, params)
+    assert len(outputs) == 200
+    assert llm.engine.statistics()["compilations_while_serving"] == 0
+
+
+def test_the_five_stages_sum_to_the_life_of_a_request(llm: LLM) -> None:
+    times = llm.generate([[1, 2, 3]], GREEDY)[0].times
+    assert times is not None
+    assert sum(times.stages_ns) == times.end_ns - times.arrived_ns
+    assert times.stages_s()["prefill_execution"] > 0
+    assert times.stages_s()["kv_transmission"] > 0
+    assert times.stages_s()["decode_execution"] > 0
+
+
+def test_one_token_needs_no_hand_over(llm: LLM) -> None:
+    output = llm.generate([[1, 2, 3]], replace(GREEDY, max_tokens=1))[0]
+    assert len(output.token_ids) == 1
+    assert output.stages_s is not None
+    assert output.stages_s["kv_transmission"] == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "param", "says"),
+    [
+        ([], GREEDY, "prompt", "empty"),
+        ([1, 10_000], GREEDY, "prompt", "token id 10000; the vocabulary is 0 to"),
+        ([-1], GREEDY, "prompt", "token id -1"),
+        ([1] * 96, GREEDY, "prompt", "prompt has 96 tokens; the model allows 96"),
+        ([1] * 90, GREEDY, "max_tokens", "max_tokens = 8 with a prompt of 90 tokens exceeds the 96 tokens"),
+    ],
+)
+def test_what_can_never_run_is_refused_by_name(
+    llm: LLM, prompt: list[int], params: SamplingParams, param: str, says: str
+) -> None:
+    with pytest.raises(RequestError, match=says) as caught:
+        llm.generate([[1, 2], prompt], params)
+    assert caught.value.param == param
+    assert "prompts[1]" in str(caught.value)
+    assert pages_used(llm) == 0
+
+
+def test_max_tokens_of_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_tokens = 0 must be a whole number from 1"):
+        SamplingParams(max_tokens=0)
+
+
+def test_an_abort_frees_the_pages(llm: LLM) -> None:
+    long = SamplingParams(max_tokens=90, temperature=0, ignore_eos=True)
+    requests = [llm.engine.submit([index + 1], long) for index in range(3)]
+    until(lambda: pages_used(llm) > 0)
+    for request in requests:
+        llm.engine.stop(request)
+    until(lambda: pages_used(llm) == 0)
+    assert llm.engine.statistics()["requests"] == 0
+
+
+def test_a_deadline_ends_a_request() -> None:
+    with serve(config_for(CASE)) as llm:
+        updates: list[Any] = []
+        llm.engine.submit([1, 2], SamplingParams(max_tokens=90, temperature=0, ignore_eos=True), deadline_s=0.001)
+        until(lambda: not updates.extend(llm._updates.get(timeout=30)) and updates[-1].finish_reason is not None)
+        assert updates[-1].finish_reason == "deadline"
+        assert "deadline" in updates[-1].error
+        until(lambda: pages_used(llm) == 0)
+
+
+def test_a_full_waiting_queue_refuses_and_recovers() -> None:
+    config = replace(config_for(CASE), engine=EngineConfig(compilation_cache="", max_waiting=2))
+    with serve(config) as llm:
+        accepted = []
+        with pytest.raises(Overloaded, match="waiting") as caught:
+            for _ in range(200):
+                accepted.append(llm.engine.submit([1] * 60, GREEDY))
+        assert caught.value.retry_after_s > 0
+        assert len(accepted) >= 2
+        assert llm.engine.drain(60)
+        assert llm.engine.statistics()["finished"] == len(accepted)
+        with pytest.raises(Draining):
+            llm.engine.submit([1], GREEDY)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_lost_instance_comes_back_and_its_requests_are_replayed(role: str) -> None:
+    with serve(config_for(CASE, slots=4)) as llm:
+        prompts, params = mixed_requests(16, llm.engine.executor.arch.vocab_size, seed=3)
+        wanted = [output.token_ids for output in llm.generate(prompts, params)]
+        instance = next(one for one in llm.engine.executor.instances if one.role == role)
+        finished = llm.engine.statistics()["finished"]
+        llm.engine.call_soon(lose_when, llm, instance.id, finished + 4)
+        outputs = llm.generate(prompts, params)
+        assert [output.token_ids for output in outputs] == wanted
+        epochs = {one["id"]: one["epoch"] for one in llm.engine.statistics()["instances"]}
+        assert epochs[instance.id] == 1, "the instance was never lost"
+        assert llm.engine.healthy
+        until(lambda: pages_used(llm) == 0)
+
+
+def lose_when(llm: LLM, instance: int, finished: int) -> None:
+    """On the dispatch thread: break the instance once some requests have finished."""
+    if llm.engine.statistics()["finished"] < finished:
+        llm.engine.call_soon(lose_when, llm, instance, finished)
+    else:
+        llm.engine.executor.lose(instance, "broken by the test")
+
+
+# --- asyncio ----------------------------------------------------------------------------------------------------------
+
+
+async def gathered(engine: AsyncEngine, prompt: list[int], params: SamplingParams) -> list[Output]:
+    return [output async for output in engine.generate(prompt, params)]
+
+
+def test_the_async_engine_streams_stops_and_aborts() -> None:
+    async def scenario() -> None:
+        engine = AsyncEngine(config_for(CASE), progress=False)
+        await engine.start()
+        try:
+            many = await asyncio.gather(*(gathered(engine, [index + 1], GREEDY) for index in range(6)))
+            for outputs in many:
+                assert sum(len(output.token_ids) for output in outputs) == 8
+                assert [output.finish_reason for output in outputs[:-1]] == [None] * (len(outputs) - 1)
+                assert outputs[-1].finish_reason == "length"
+                assert outputs[-1].stages_s is not None
+
+            text = "".join(output.text for output in many[0])
+            stop = text[len(text) // 2 :][:3]
+            stopped = await gathered(engine, [1], replace(GREEDY, stop=(stop,)))
+            assert stopped[-1].finish_reason == "stop"
+            assert "".join(output.text for output in stopped) == text[: text.index(stop)]
+
+            stream = engine.generate([1], replace(GREEDY, max_tokens=90))
+            await anext(stream)
+            await stream.aclose()  # type: ignore[attr-defined]
+            deadline = time.monotonic() + 30
+            while any(one["pages_used"] for one in engine.statistics()["instances"]):
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.005)
+
+            with pytest.raises(RequestError):
+                await gathered(engine, [], GREEDY)
+            assert await engine.drain(30)
+            with pytest.raises(Draining):
+                await gathered(engine, [1], GREEDY)
+        finally:
+            await engine.close()
+
+    asyncio.run(scenario())
