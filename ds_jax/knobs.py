@@ -97,9 +97,9 @@ def parse(kind: Any, text: str) -> Any:
         ValueError: what the text must be.
     """
     choices, item, optional = _choices(kind), _tuple_item(kind), _optional(kind)
-    if optional is not None:
-        return None if text.strip().lower() == "none" else parse(optional, text)
     try:
+        if optional is not None:
+            return None if text.strip().lower() == "none" else parse(optional, text)
         if choices is not None:
             return {str(choice): choice for choice in choices}[text]
         if item is not None:
@@ -130,7 +130,7 @@ def _suggestion_among_choices(kind: Any, value: Any) -> str:
 def _words(kind: Any) -> tuple[str, str]:
     choices, item, optional = _choices(kind), _tuple_item(kind), _optional(kind)
     if optional is not None:
-        return f"{words(optional)}, or none", f"{_words(optional)[1]} or none"
+        return f"{words(optional)} or none", f"{_words(optional)[1]} or none"
     if choices is not None:
         text = f"one of {', '.join(map(str, choices))}"
         return text, f"each {text}"
