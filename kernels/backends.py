@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import jax.numpy as jnp
+
 Backend = Literal["auto", "xla", "definition"]
 
 
@@ -17,4 +19,6 @@ def choose(backend: str, forms: Mapping[str, Callable[..., Any]]) -> Callable[..
     name = "xla" if backend == "auto" else backend
     if name not in forms:
         raise ValueError(f"backend = {backend!r} must be auto or one of {', '.join(forms)}")
-    return forms[name]
+    form = forms[name]
+    # Inside loops arrays are indexed with traced values, which numpy's own arrays refuse.
+    return lambda *arrays, **options: form(*map(jnp.asarray, arrays), **options)
