@@ -106,8 +106,8 @@ def read_config[C](name: str, config_class: type[C]) -> C:
 def run(main: Callable[[list[str]], object]) -> None:
     """Parse the flags and call `main(argv)`, as `absl.app.run` does.
 
-    A wrong flag, and a ValueError, OSError or ImportError that our own code raises, is a user's mistake: one sentence
-    on stderr and exit code 2. What a library raises is a mistake of ours and keeps its stack trace.
+    A wrong flag, a file that cannot be opened, and a ValueError, OSError or ImportError that our own code raises are a
+    user's mistakes: one sentence on stderr and exit code 2. What a library raises is a mistake of ours and keeps its stack trace.
     """
     flags.DEFINE_boolean("traceback", False, "Show where an error comes from, not only its sentence.")
 
@@ -117,7 +117,8 @@ def run(main: Callable[[list[str]], object]) -> None:
         except flags.UnrecognizedFlagError as error:
             _refuse(argv, f"unknown flag --{error.flagname}{_nearest_flag(error.flagname)}")
         except flags.Error as error:
-            _refuse(argv, str(error))
+            missing = re.findall(r"Flag (--\S+) must have a value other than None", str(error))
+            _refuse(argv, f"{' and '.join(missing)} must be given" if missing else str(error))
         except SystemExit:  # --help and its kin: absl exits with 1
             sys.exit(0)
         if rest[1:]:
@@ -128,7 +129,7 @@ def run(main: Callable[[list[str]], object]) -> None:
         try:
             return main(argv)
         except (ValueError, OSError, ImportError) as error:
-            if flags.FLAGS["traceback"].value or not _raised_by_us(error):
+            if flags.FLAGS["traceback"].value or not _is_a_users_mistake(error):
                 raise
             _refuse(argv, _sentence(error))
         except KeyboardInterrupt:
@@ -187,7 +188,9 @@ def _dataclasses_in(config_class: type) -> list[Any]:
     return [config_class, *(inner for part in nested for inner in _dataclasses_in(part))]
 
 
-def _raised_by_us(error: BaseException) -> bool:
+def _is_a_users_mistake(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.filename:
+        return True  # a file that does not exist, or may not be read
     frames = traceback.extract_tb(error.__traceback__)
     path = Path(frames[-1].filename).resolve()
     return path.is_relative_to(CHECKOUT) and path.relative_to(CHECKOUT).parts[0] in _OURS

@@ -17,7 +17,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 _SCHEMA = {"ds_jax.config", "ds_jax.protocol", "ds_jax.sampling", "ds_jax.architecture", "ds_jax.errors"}
 _PLANNING = _SCHEMA | {"ds_jax.scheduling", "ds_jax.latency", "ds_jax.workload", "ds_jax.metrics", "ds_jax.recorder"}
-_ENGINE = _PLANNING | {"ds_jax.runtime", "ds_jax.text", "models", "kernels"}
+_ENGINE = _PLANNING | {"ds_jax.runtime", "ds_jax.text", "ds_jax.detokenize", "models", "kernels"}
 
 # What each place may import of ours beside itself, from the top down. A name stands for a module and all below it,
 # except "ds_jax", which is the lazy package alone.
@@ -25,12 +25,14 @@ ARROWS: dict[str, set[str]] = {
     "experiments": _ENGINE | {"ds_jax"} | {f"ds_jax.{name}" for name in (
         "async_engine", "engine", "flags", "knobs", "llm", "placement", "server", "simulation", "timeline")},
     "configs": _SCHEMA,
-    "ds_jax.server": _SCHEMA | {"ds_jax.async_engine", "ds_jax.engine", "ds_jax.metrics", "ds_jax.text"},
+    "ds_jax.server": _SCHEMA | {f"ds_jax.{name}" for name in (
+        "async_engine", "engine", "metrics", "text", "detokenize")},
     "ds_jax": {"ds_jax.llm", "ds_jax.async_engine", "ds_jax.config", "ds_jax.sampling"},
     "ds_jax.llm": _ENGINE | {"ds_jax.engine"},
     "ds_jax.async_engine": _ENGINE | {"ds_jax.engine"},
     "ds_jax.engine": _ENGINE,
-    "ds_jax.text": {"ds_jax.protocol"},
+    "ds_jax.text": {"ds_jax.protocol", "ds_jax.detokenize"},
+    "ds_jax.detokenize": set(),
     "ds_jax.runtime": _SCHEMA | {"ds_jax", "models", "kernels"},
     "models": {"kernels", "ds_jax.config", "ds_jax.architecture"},
     "kernels": set(),
