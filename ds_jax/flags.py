@@ -107,7 +107,8 @@ def run(main: Callable[[list[str]], object]) -> None:
     """Parse the flags and call `main(argv)`, as `absl.app.run` does.
 
     A wrong flag, a file that cannot be opened, and a ValueError, OSError or ImportError that our own code raises are a
-    user's mistakes: one sentence on stderr and exit code 2. What a library raises is a mistake of ours and keeps its stack trace.
+    user's mistakes: one sentence on stderr and exit code 2. What a library raises is a mistake of ours and keeps its
+    stack trace.
     """
     flags.DEFINE_boolean("traceback", False, "Show where an error comes from, not only its sentence.")
 
