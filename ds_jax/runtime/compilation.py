@@ -36,14 +36,22 @@ def keep_compiled_programs(folder: str) -> None:
     compilation_cache.reset_cache()
 
 
-def compile_ahead(function: Callable[..., Any], arguments: tuple[Any, ...], *, donate: tuple[int, ...] = ()) -> Any:
+def compile_ahead(
+    function: Callable[..., Any], arguments: tuple[Any, ...], *, donate: tuple[int, ...] = (), out_shardings: Any = None
+) -> Any:
     """Compile `function` for arguments of exactly these shapes, types and shardings.
+
+    Args:
+        function: what to compile.
+        arguments: trees of `jax.ShapeDtypeStruct` with shardings.
+        donate: positions of arguments whose memory the results take over.
+        out_shardings: of the results; None leaves them to the compiler.
 
     Returns:
         The compiled program: call it with arguments as described; it never compiles again.
     """
     with compiling():
-        return jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
+        return jax.jit(function, donate_argnums=donate, out_shardings=out_shardings).lower(*arguments).compile()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,351 @@
+"""The executor that holds all instances in this process.
+
+One thread, the caller's, dispatches to every device and never waits. Results are waited for elsewhere: by one reader
+per instance for tokens, and one per sending instance for pages on their way. What they learn comes back through
+`Sink.call_soon`, so that all state here belongs to the dispatch thread.
+
+    run ──▶ program ──▶ reader ──▶ call_soon ──▶ step_done
+    copy ─▶ gather, pieces to the other devices ──▶ reader ──▶ call_soon ──▶ insert, copy_done
+
+Pieces are inserted only when they have landed: an insert dispatched earlier would hold up every later decode step
+until the prefill instance had come to the gather.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from ds_jax import protocol
+from ds_jax.config import Config
+from ds_jax.protocol import Copy, Medium, Place, Step
+from ds_jax.runtime import handover, mesh
+from ds_jax.runtime.compilation import CompilationCounter, compiling, keep_compiled_programs
+from ds_jax.runtime.handover import Cut, Route
+from ds_jax.runtime.instance import Instance, Result, describe
+from ds_jax.runtime.pool import plan
+from ds_jax.runtime.programs import Model
+from ds_jax.runtime.sequence import Sequence as TokenSequence
+from models.checkpoint import dummy_params, load_params, open_checkpoint
+from models.transformer import abstract_params
+
+log = logging.getLogger(__name__)
+
+LIVES_WITHOUT_A_STEP = 3
+"""An instance that is lost this often, without one good step in between, stays lost."""
+
+
+class Sink(Protocol):
+    """Who hears what becomes of steps, copies and instances."""
+
+    def call_soon(self, callback: Callable[..., None], *args: Any) -> None:
+        """Run the callback on the dispatch thread. May be called from any thread; the rest only from that one."""
+
+    def step_done(self, step_id: int, tokens: dict[int, int]) -> None:
+        """A step's tokens are on the host: sequence -> token, of every decode and every prefill that samples."""
+
+    def copy_done(self, copy_id: int, ok: bool) -> None:
+        """A copy has landed, or never will."""
+
+    def instance_lost(self, instance: int, epoch: int, why: str) -> None:
+        """An instance's life is over; nothing comes back from it."""
+
+    def instance_up(self, instance: protocol.Instance) -> None:
+        """An instance has come back, empty."""
+
+
+@dataclass
+class CopyInFlight:
+    copy: Copy
+    route: Route
+    pieces: list[jax.Array]
+    wanted: bool = True
+    """False once its sequence is over: then the pieces need not be put anywhere."""
+
+
+class InProcessExecutor:
+    """Runs every instance of a configuration on the devices of this process.
+
+    Args:
+        config: what to run.
+        devices: to use; all of the default platform if None.
+        progress: show bars while programs compile.
+
+    Raises:
+        ValueError, FileNotFoundError: config, checkpoint and devices do not fit together; one sentence, raised before
+            anything is compiled.
+    """
+
+    def __init__(self, config: Config, *, devices: Sequence[jax.Device] | None = None, progress: bool = True):
+        config.check()
+        self.checkpoint = open_checkpoint(config.model.path, config.model.load_format)
+        self.arch = self.checkpoint.arch
+        keep_compiled_programs(config.engine.compilation_cache)
+        devices = list(jax.devices() if devices is None else devices)
+        sites = mesh.sites(config, self.arch, devices)
+        dtype = config.model.dtype
+        if dtype == "auto":
+            dtype = "float32" if devices[0].platform == "cpu" else self.checkpoint.dtype
+        number_type = jnp.dtype(dtype)
+        models = [
+            Model(self.arch, number_type, site.mesh, *abstract_params(self.arch, site.group.tp, number_type, site.mesh))
+            for site in sites
+        ]
+        planned = plan(config, self.arch, dtype, sites, [model.params for model in models])
+        self.max_model_len, self.limit_reason = planned.max_model_len, planned.limit_reason
+
+        self._groups = [site.group for site in sites]
+        self._instances = [
+            Instance(id, site.role, model, shapes)
+            for id, (site, model, shapes) in enumerate(zip(sites, models, planned.shapes, strict=True))
+        ]
+        self._routes = {
+            (i, j): Route(Cut(self.arch.num_kv_heads, sites[i].group.tp, sites[j].group.tp), sites[j].mesh)
+            for i, j in handover.routes([site.role for site in sites])
+        }
+        self.compilations = CompilationCounter()
+        with compiling():
+            self._load(config.model.load_format == "dummy", number_type, progress)
+            self._compile(progress)
+            for instance in self._instances:
+                instance.begin_life()
+        self._alive = [True] * len(self._instances)
+        self._deaths = [0] * len(self._instances)
+        self._copies: dict[int, CopyInFlight] = {}
+        self._readers: list[Reader] = []
+        self._sink: Sink | None = None
+        self._closed = False
+
+    @property
+    def instances(self) -> list[protocol.Instance]:
+        """All instances, as schedulers see them."""
+        return [describe(instance, group) for instance, group in zip(self._instances, self._groups, strict=True)]
+
+    def _load(self, dummy: bool, dtype: Any, progress: bool) -> None:
+        for instance in tqdm(self._instances, "load weights", disable=not progress):
+            where = instance.model.mesh
+            instance.params = (
+                dummy_params(self.arch, where, dtype) if dummy else load_params(self.checkpoint, where, dtype)
+            )
+
+    def _compile(self, progress: bool) -> None:
+        jobs = []
+        for instance in self._instances:
+            sends = {route.cut for (i, _), route in self._routes.items() if i == instance.id}
+            receives = {route.cut for (_, j), route in self._routes.items() if j == instance.id}
+            jobs.extend(instance.compilations(sends, receives))
+        for job in tqdm(jobs, "compile programs", disable=not progress):
+            job()
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    def start(self, sink: Sink) -> None:
+        """Begin to serve; every answer goes to `sink`."""
+        self._sink = sink
+        self._tokens = [Reader(f"tokens-{instance.id}") for instance in self._instances]
+        senders = {i for i, _ in self._routes}
+        self._landings = {i: Reader(f"copies-{i}") for i in senders}
+        self._readers = [*self._tokens, *self._landings.values()]
+        self.compilations.start()
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """Wait for what is in flight, stop the threads and free the devices' memory. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        for reader in self._readers:
+            reader.close()
+        self.compilations.stop()
+        self._copies.clear()
+        for instance in self._instances:
+            instance.delete()
+
+    # --- commands -----------------------------------------------------------------------------------------------------
+
+    def run(self, step: Step, sequences: Mapping[int, TokenSequence]) -> None:
+        """Dispatch a step; `sequences` holds at least those that it names. Steps of dead epochs are dropped."""
+        if not self._living(step.instance, step.epoch):
+            return
+        try:
+            results = self._instances[step.instance].run(step, sequences)
+            for result in results:
+                result.tokens.copy_to_host_async()
+        except Exception as error:
+            log.exception("step %d could not be dispatched to instance %d", step.id, step.instance)
+            self._soon(self._lose, step.instance, step.epoch, _why(error))
+            return
+        self._tokens[step.instance].put(self._read_step, step, results)
+
+    def copy(self, copy: Copy) -> None:
+        """Start a copy. It is answered once, unless both its ends are dead."""
+        source, destination = copy.source, copy.destination
+        if not (self._living(*source[:2]) and self._living(*destination[:2])):
+            self._soon(self._answer_copy, copy, False)
+            return
+        try:
+            route = self._route(source, destination)
+            pieces = self._instances[source.instance].send(route, [here for here, _ in copy.pages])
+        except Exception:
+            log.exception("copy %d could not be started", copy.id)
+            self._soon(self._answer_copy, copy, False)
+            return
+        self._copies[copy.id] = CopyInFlight(copy, route, pieces)
+        self._landings[source.instance].put(self._await_copy, copy.id, pieces)
+
+    def forget(self, sequence_id: int) -> None:
+        """The sequence is over: no later command names it."""
+        for instance in self._instances:
+            instance.forget(sequence_id)
+        for flight in self._copies.values():
+            if flight.copy.sequence == sequence_id:
+                flight.wanted = False
+
+    def _route(self, source: Place, destination: Place) -> Route:
+        if source.medium is not Medium.DEVICE or destination.medium is not Medium.DEVICE:
+            raise ValueError(f"copies between {source.medium} and {destination.medium} memory are not supported yet")
+        try:
+            return self._routes[source.instance, destination.instance]
+        except KeyError:
+            raise ValueError(
+                f"copies go from prefill to decode instances, not from {source.instance} to {destination.instance}"
+            ) from None
+
+    # --- what comes back ----------------------------------------------------------------------------------------------
+
+    def _read_step(self, step: Step, results: list[Result]) -> None:
+        """On a reader: wait for a step's tokens."""
+        try:
+            tokens: dict[int, int] = {}
+            for result in results:
+                values = np.asarray(result.tokens).tolist()
+                tokens.update((sequence, values[row]) for sequence, row in result.rows)
+        except Exception as error:
+            log.exception("step %d failed on instance %d", step.id, step.instance)
+            self._soon(self._lose, step.instance, step.epoch, _why(error))
+        else:
+            self._soon(self._finish_step, step, tokens)
+
+    def _finish_step(self, step: Step, tokens: dict[int, int]) -> None:
+        if self._living(step.instance, step.epoch):
+            self._deaths[step.instance] = 0
+            self._listener.step_done(step.id, tokens)
+
+    def _await_copy(self, copy_id: int, pieces: list[jax.Array]) -> None:
+        """On a reader: wait until pieces have landed."""
+        try:
+            jax.block_until_ready(pieces)
+        except Exception as error:
+            log.error("copy %d failed: %s", copy_id, _why(error))
+            self._soon(self._land_copy, copy_id, False)
+        else:
+            self._soon(self._land_copy, copy_id, True)
+
+    def _land_copy(self, copy_id: int, landed: bool) -> None:
+        flight = self._copies.pop(copy_id, None)
+        if flight is None:
+            return  # an end was lost, and the copy answered, before it landed
+        copy = flight.copy
+        if landed and flight.wanted:
+            try:
+                pages = [there for _, there in copy.pages]
+                self._instances[copy.destination.instance].receive(
+                    flight.route, copy.sequence, pages, flight.pieces, copy.last
+                )
+            except Exception as error:
+                log.exception("copy %d could not be inserted", copy_id)
+                self._answer_copy(copy, False)
+                self._lose(copy.destination.instance, copy.destination.epoch, _why(error))
+                return
+        self._answer_copy(copy, landed)
+
+    def _answer_copy(self, copy: Copy, ok: bool) -> None:
+        if self._living(*copy.source[:2]) or self._living(*copy.destination[:2]):
+            self._listener.copy_done(copy.id, ok)
+
+    # --- loss and return ----------------------------------------------------------------------------------------------
+
+    def _lose(self, number: int, epoch: int, why: str) -> None:
+        """End an instance's life, and begin the next."""
+        if not self._living(number, epoch):
+            return
+        log.error("instance %d is lost (epoch %d): %s", number, epoch, why)
+        instance = self._instances[number]
+        self._alive[number] = False
+        instance.end_life()
+        hit = [flight.copy for flight in self._copies.values() if number in _ends(flight.copy)]
+        for copy in hit:
+            del self._copies[copy.id]
+        self._listener.instance_lost(number, epoch, why)
+        for copy in hit:
+            self._answer_copy(copy, False)
+        self._deaths[number] += 1
+        if self._deaths[number] > LIVES_WITHOUT_A_STEP:
+            log.error("instance %d stays lost: %d lives without one good step", number, LIVES_WITHOUT_A_STEP)
+            return
+        try:
+            instance.begin_life()
+        except Exception:
+            log.exception("instance %d stays lost: its memory cannot be had again", number)
+            return
+        instance.epoch += 1
+        self._alive[number] = True
+        self._listener.instance_up(describe(instance, self._groups[number]))
+
+    def _living(self, number: int, epoch: int) -> bool:
+        return self._alive[number] and self._instances[number].epoch == epoch
+
+    @property
+    def _listener(self) -> Sink:
+        assert self._sink is not None, "start comes before run and copy"
+        return self._sink
+
+    def _soon(self, callback: Callable[..., None], *args: Any) -> None:
+        if not self._closed:
+            self._listener.call_soon(self._unless_closed, callback, *args)
+
+    def _unless_closed(self, callback: Callable[..., None], *args: Any) -> None:
+        if not self._closed:
+            callback(*args)
+
+
+class Reader:
+    """A thread that makes calls in the order in which they were put, and may wait in them."""
+
+    def __init__(self, name: str):
+        self._calls: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def put(self, call: Callable[..., None], *args: Any) -> None:
+        self._calls.put((call, args))
+
+    def close(self) -> None:
+        """Make the calls that were put, then end the thread."""
+        self._calls.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (item := self._calls.get()) is not None:
+            call, args = item
+            call(*args)
+            del item, call, args  # they hold arrays
+
+
+def _ends(copy: Copy) -> tuple[int, int]:
+    return copy.source.instance, copy.destination.instance
+
+
+def _why(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -1,0 +1,201 @@
+"""One instance on its devices: weights, KV pool, decode state, and the host's account of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from ds_jax import protocol
+from ds_jax.protocol import Role, Step
+from ds_jax.runtime import handover, programs
+from ds_jax.runtime.handover import Cut, Route
+from ds_jax.runtime.pool import Pool
+from ds_jax.runtime.programs import Chunk, Edits, Model, Program
+from ds_jax.runtime.sequence import Sequence as TokenSequence
+from ds_jax.runtime.shapes import Shapes, bucket_for, step_tokens
+from models.transformer import Params
+
+
+class Result(NamedTuple):
+    """Tokens that one program is about to produce."""
+
+    tokens: jax.Array
+    rows: list[tuple[int, int]]
+    """(sequence, row of `tokens`)."""
+
+
+class Resident(NamedTuple):
+    """Who is in a decode slot, and by which of its page tables."""
+
+    sequence: int
+    table: list[int]
+
+
+class Instance:
+    """Carries out steps and both ends of copies. Used from the dispatch thread only; nothing here waits for a device.
+
+    Args:
+        id: the instance's number.
+        site_role, group: what it is for.
+        model: how it runs the model.
+        shapes: what its programs are compiled for.
+    """
+
+    def __init__(self, id: int, role: Role, model: Model, shapes: Shapes):
+        self.id, self.role, self.model, self.shapes = id, role, model, shapes
+        self.epoch = 0
+        self.params: Params = {}
+        self.pool: Pool = {}
+        self.state: jax.Array | None = None
+        self.tables: dict[int, list[int]] = {}
+        """Page table of every sequence that has pages here."""
+        self._resident: dict[int, Resident] = {}
+        self._unfinished: set[int] = set()
+        """Sequences of which a series of copies has not ended."""
+        self._prefill: dict[int, Program] = {}
+        self._decode: Program | None = None
+        self._edit: dict[int, Program] = {}
+        self._gather: dict[tuple[Cut, int], Program] = {}
+        self._insert: dict[tuple[Cut, int], Program] = {}
+        self._fresh_pool: Program | None = None
+        self._fresh_state: Program | None = None
+
+    # --- start-up -----------------------------------------------------------------------------------------------------
+
+    def compilations(self, sends: set[Cut], receives: set[Cut]) -> Iterator[Callable[[], None]]:
+        """Jobs that compile all programs of this instance, one program each."""
+        model, shapes = self.model, self.shapes
+
+        def put(store: dict[Any, Program], key: Any, build: Callable[[], Program]) -> Callable[[], None]:
+            return lambda: store.__setitem__(key, build())
+
+        single = self.__dict__
+        yield put(single, "_fresh_pool", lambda: programs.fresh_pool(model, shapes))
+        for size in shapes.token_buckets:
+            yield put(self._prefill, size, lambda size=size: programs.prefill(model, shapes, size))
+        if shapes.slots:
+            yield put(single, "_fresh_state", lambda: programs.fresh_state(model, shapes))
+            yield put(single, "_decode", lambda: programs.decode(model, shapes))
+        for size in shapes.edit_buckets:
+            yield put(self._edit, size, lambda size=size: programs.edit(model, shapes, size))
+        for build, cuts, store in (
+            (handover.gather, sends, self._gather),
+            (handover.insert, receives, self._insert),
+        ):
+            for cut in sorted(cuts, key=lambda cut: (cut.source, cut.destination)):
+                for size in shapes.page_buckets:
+                    yield put(store, (cut, size), lambda b=build, cut=cut, size=size: b(model, shapes, cut, size))
+
+    def begin_life(self) -> None:
+        """Fresh memory: an empty pool, empty slots, no sequence known."""
+        self.end_life()
+        assert self._fresh_pool is not None
+        self.pool = self._fresh_pool()
+        if self._fresh_state is not None:
+            self.state = self._fresh_state()
+
+    def end_life(self) -> None:
+        """Let go of all memory but the weights."""
+        self.pool, self.state = {}, None
+        self.tables.clear()
+        self._resident.clear()
+        self._unfinished.clear()
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    def run(self, step: Step, sequences: Mapping[int, TokenSequence]) -> list[Result]:
+        """Dispatch a step.
+
+        Raises:
+            ValueError, KeyError: the step asks for what this instance cannot do.
+        """
+        results = []
+        if step.prefills:
+            results.append(self._run_prefills(step.prefills, sequences))
+        if step.decodes:
+            results.append(self._run_decodes(step.decodes, sequences))
+        return results
+
+    def _run_prefills(self, prefills: Sequence[protocol.Prefill], sequences: Mapping[int, TokenSequence]) -> Result:
+        chunks = []
+        for sequence, start, length, samples, new_pages in prefills:
+            if start == 0:
+                self.tables[sequence] = list(new_pages)
+            else:
+                self.tables[sequence].extend(new_pages)
+            chunks.append(Chunk(sequences[sequence], start, length, samples, self.tables[sequence]))
+        bucket, packed = programs.pack_prefill(self.shapes, chunks)
+        self.pool, tokens = self._prefill[bucket](self.params, self.pool, packed)
+        return Result(tokens, [(prefill.sequence, row) for row, prefill in enumerate(prefills) if prefill.samples])
+
+    def _run_decodes(self, decodes: Sequence[protocol.Decode], sequences: Mapping[int, TokenSequence]) -> Result:
+        assert self._decode is not None, "an instance of this role has no decode program"
+        edits, before, rows = Edits(self.shapes), self._resident, []
+        self._resident = {}
+        for sequence, slot, new_pages in decodes:
+            table = self.tables[sequence]
+            known = before.pop(slot, None)
+            if known is not None and known.table is table:
+                self._resident[slot] = known
+                if new_pages:
+                    edits.grow(slot, len(table), new_pages)
+                    table.extend(new_pages)
+            else:
+                table.extend(new_pages)
+                self._resident[slot] = Resident(sequence, table)
+                edits.join(slot, sequences[sequence], table)
+            rows.append((sequence, slot))
+        for slot in before:
+            edits.leave(slot)
+        if (packed := edits.pack()) is not None:
+            self.state = self._edit[packed[0]](self.state, packed[1])
+        self.pool, self.state, tokens = self._decode(self.params, self.pool, self.state)
+        return Result(tokens, rows)
+
+    def forget(self, sequence: int) -> None:
+        """The sequence will not be named again."""
+        self.tables.pop(sequence, None)
+        self._unfinished.discard(sequence)
+
+    # --- copies -------------------------------------------------------------------------------------------------------
+
+    def send(self, route: Route, pages: Sequence[int]) -> list[jax.Array]:
+        """Start these pages on their way; returns the pieces that will land at the other end."""
+        bucket = bucket_for(len(pages), self.shapes.page_buckets, "pages in one copy")
+        return route.send(self._gather[route.cut, bucket](self.pool, handover.pad(pages, bucket, 0)))
+
+    def receive(self, route: Route, sequence: int, pages: Sequence[int], pieces: list[jax.Array], last: bool) -> None:
+        """Put landed pieces into these pages, and the pages into the sequence's table."""
+        bucket = bucket_for(len(pages), self.shapes.page_buckets, "pages in one copy")
+        padded = handover.pad(pages, bucket, self.shapes.pages)
+        self.pool = self._insert[route.cut, bucket](self.pool, padded, route.assemble(pieces))
+        if sequence in self._unfinished:
+            self.tables[sequence].extend(pages)
+        else:
+            self.tables[sequence] = list(pages)
+        (self._unfinished.discard if last else self._unfinished.add)(sequence)
+
+    def delete(self) -> None:
+        """Free all device memory at once. Nothing may be in flight."""
+        for leaf in jax.tree.leaves((self.params, self.pool, self.state)):
+            leaf.delete()
+        self.params = {}
+        self.end_life()
+
+
+def describe(instance: Instance, group: Any) -> protocol.Instance:
+    """The instance as schedulers see it."""
+    shapes = instance.shapes
+    return protocol.Instance(
+        id=instance.id,
+        role=instance.role,
+        epoch=instance.epoch,
+        pages=shapes.pages,
+        page_size=shapes.page_size,
+        slots=shapes.slots,
+        max_step_tokens=step_tokens(group, shapes.token_buckets),
+        max_step_sequences=shapes.rows,
+        saturation_tokens=getattr(group, "saturation_tokens", 0),
+    )

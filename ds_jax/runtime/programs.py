@@ -1,0 +1,308 @@
+"""The programs of an instance, and the packing of what the host sends them.
+
+All that a program takes from the host in one step lies in one int32 array (floats by their bits), since every array
+more costs a transfer per device. What the layout is, `Prefill` and `DecodeState` say, once for host and device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+import kernels.kv_write
+import kernels.paged_decode_attention
+import kernels.paged_prefill_attention
+from ds_jax.architecture import Architecture
+from ds_jax.runtime import sampling
+from ds_jax.runtime.compilation import compile_ahead
+from ds_jax.runtime.pool import Pool, abstract_pool
+from ds_jax.runtime.sequence import Sequence as TokenSequence
+from ds_jax.runtime.shapes import Shapes, bucket_for
+from models.sharding import POOL_AXES, TENSOR, spec_of
+from models.transformer import Params, partition_specs
+
+Program = Callable[..., Any]
+EVERYWHERE = PartitionSpec()
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model as one instance runs it."""
+
+    arch: Architecture
+    dtype: Any
+    mesh: Mesh
+    graphdef: nnx.GraphDef
+    params: Params
+    """Abstract, with shardings."""
+
+    @property
+    def axis(self) -> str | None:
+        """The mesh axis to sum over; None on a single device."""
+        return TENSOR if self.mesh.shape[TENSOR] > 1 else None
+
+    def on_mesh(self, function: Program, in_specs: Any, out_specs: Any) -> Program:
+        """`function` run by every device of the mesh on its own shards."""
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def run(
+        self, params: Params, pool: Pool, tokens: Array, positions: Array, slots: Array, attention: Program
+    ) -> tuple[nnx.Module, Float[Array, "T E"], Pool]:
+        """Module, hidden states of the tokens, and the pool with their keys and values written to `slots`."""
+        model = nnx.merge(self.graphdef, params)
+        k, v = list(pool["k"]), list(pool["v"])
+
+        def attend(layer: int, q: Array, keys: Array, values: Array) -> Array:
+            k[layer], v[layer] = kernels.kv_write.write(k[layer], v[layer], keys, values, slots)
+            return attention(q, k[layer], v[layer], scale=self.arch.attention_scale)
+
+        hidden = model(tokens, positions, attend, self.axis)
+        return model, hidden, {"k": tuple(k), "v": tuple(v)}
+
+    def host_array(self, *shape: int) -> jax.ShapeDtypeStruct:
+        """An int32 array that comes from the host and lies on every device."""
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(self.mesh, EVERYWHERE))
+
+
+# --- prefill ----------------------------------------------------------------------------------------------------------
+
+
+class Chunk(NamedTuple):
+    """Part of a sequence that a prefill step runs."""
+
+    sequence: TokenSequence
+    start: int
+    length: int
+    samples: bool
+    pages: list[int]
+    """The sequence's page table, up to this chunk's end at least."""
+
+
+class Prefill(NamedTuple):
+    """What a prefill step takes from the host: T tokens, then R rows of chunks."""
+
+    tokens: Int[Array, " T"]
+    positions: Int[Array, " T"]
+    slots: Int[Array, " T"]
+    """Where keys and values go: page * page size + offset; -1 at padding."""
+    starts: Int[Array, " R"]
+    lengths: Int[Array, " R"]
+    contexts: Int[Array, " R"]
+    samples: Int[Array, " R"]
+    sampling: Int[Array, "R 6"]
+    page_table: Int[Array, "R max_pages"]
+
+    @staticmethod
+    def words(shapes: Shapes, tokens: int) -> int:
+        return 3 * tokens + shapes.rows * (4 + sampling.COLUMNS + shapes.table_pages)
+
+    @staticmethod
+    def of(packed: Any, shapes: Shapes, tokens: int) -> Prefill:
+        """The parts of a packed array, of numpy (views, to fill in) or jax."""
+        per_token = packed[: 3 * tokens].reshape(3, tokens)
+        rows = packed[3 * tokens :].reshape(shapes.rows, -1)
+        return Prefill(*per_token, *rows[:, :4].T, rows[:, 4 : 4 + sampling.COLUMNS], rows[:, 4 + sampling.COLUMNS :])
+
+
+def pack_prefill(shapes: Shapes, chunks: Sequence[Chunk]) -> tuple[int, np.ndarray]:
+    """Pack the chunks of a step.
+
+    Returns:
+        The token bucket, and the array for its program.
+
+    Raises:
+        ValueError: more chunks or tokens than a step holds, or a chunk beyond its sequence or its pages.
+    """
+    if len(chunks) > shapes.rows:
+        raise ValueError(f"prompts in one step = {len(chunks)} must be at most {shapes.rows}")
+    total = sum(chunk.length for chunk in chunks)
+    bucket = bucket_for(total, shapes.token_buckets, "prompt tokens in one step")
+    packed = np.zeros(Prefill.words(shapes, bucket), np.int32)
+    step = Prefill.of(packed, shapes, bucket)
+    step.slots[total:] = -1
+    size, begin = shapes.page_size, 0
+    for row, (sequence, start, length, samples, pages) in enumerate(chunks):
+        here, stop = slice(begin, begin + length), start + length
+        if stop > len(pages) * size:
+            raise ValueError(f"sequence {sequence.id} has pages for {len(pages) * size} tokens, {stop} are to be run")
+        table = np.asarray(pages, np.int32)
+        positions = np.arange(start, stop, dtype=np.int32)
+        step.tokens[here] = sequence.tokens(start, stop)
+        step.positions[here] = positions
+        step.slots[here] = table[positions // size] * size + positions % size
+        step.starts[row], step.lengths[row], step.contexts[row], step.samples[row] = begin, length, start, samples
+        step.sampling[row] = sampling.pack(sequence)
+        step.page_table[row, : len(table)] = table
+        begin += length
+    return bucket, packed
+
+
+def prefill(model: Model, shapes: Shapes, bucket: int) -> Program:
+    """(params, pool, packed) -> (pool, tokens [R]); the pool is donated."""
+
+    def step(params: Params, pool: Pool, packed: Array) -> tuple[Pool, Array]:
+        this = Prefill.of(packed, shapes, bucket)
+        attention = partial(
+            kernels.paged_prefill_attention.attend,
+            page_table=this.page_table,
+            starts=this.starts,
+            lengths=this.lengths,
+            contexts=this.contexts,
+        )
+        module, hidden, pool = model.run(params, pool, this.tokens, this.positions, this.slots, attention)
+        last = jnp.maximum(this.starts + this.lengths - 1, 0)
+        logits = module.logits(hidden[last], model.axis)
+        wanted = this.samples > 0
+        tokens = sampling.sample(logits, sampling.unpack(this.sampling), this.contexts + this.lengths, wanted)
+        return pool, tokens
+
+    return _compile_step(model, shapes, step, model.host_array(Prefill.words(shapes, bucket)), results=1)
+
+
+# --- decode -----------------------------------------------------------------------------------------------------------
+
+
+class DecodeState(NamedTuple):
+    """What a decode instance keeps on its devices: one int32 row per slot."""
+
+    token: Int[Array, " B"]
+    """The newest token, fed in next."""
+    position: Int[Array, " B"]
+    """Its position in the sequence."""
+    active: Int[Array, " B"]
+    """1 where the slot has a sequence."""
+    sampling: Int[Array, "B 6"]
+    page_table: Int[Array, "B max_pages"]
+
+    @staticmethod
+    def columns(shapes: Shapes) -> int:
+        return FIRST_PAGE + shapes.table_pages
+
+    @staticmethod
+    def of(rows: Any) -> DecodeState:
+        return DecodeState(rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3:FIRST_PAGE], rows[:, FIRST_PAGE:])
+
+
+FIRST_PAGE = 3 + sampling.COLUMNS
+"""Column of a decode row in which the page table starts."""
+
+
+def decode(model: Model, shapes: Shapes) -> Program:
+    """(params, pool, state [B, C]) -> (pool, state, tokens [B]); pool and state are donated."""
+
+    def step(params: Params, pool: Pool, rows: Array) -> tuple[Pool, Array, Array]:
+        state, size = DecodeState.of(rows), shapes.page_size
+        # A sequence at its longest has no page for one more token: it writes nowhere.
+        active = (state.active > 0) & (state.position < shapes.table_pages * size)
+        page = jnp.take_along_axis(state.page_table, (state.position // size)[:, None], axis=1, mode="clip")[:, 0]
+        slots = jnp.where(active, page * size + state.position % size, -1)
+        attention = partial(
+            kernels.paged_decode_attention.attend,
+            page_table=state.page_table,
+            lengths=jnp.where(active, state.position + 1, 0),
+        )
+        module, hidden, pool = model.run(params, pool, state.token, state.position, slots, attention)
+        logits = module.logits(hidden, model.axis)
+        tokens = sampling.sample(logits, sampling.unpack(state.sampling), state.position + 1, active)
+        rows = rows.at[:, 0].set(jnp.where(active, tokens, state.token)).at[:, 1].add(active)
+        return pool, rows, tokens
+
+    state = model.host_array(shapes.slots, DecodeState.columns(shapes))
+    return _compile_step(model, shapes, step, state, results=2, donate=(1, 2))
+
+
+def edit(model: Model, shapes: Shapes, bucket: int) -> Program:
+    """(state, edits [n, 2 + C]) -> state; the state is donated.
+
+    An edit is a slot, whether to replace the slot's whole row, and the row. Where it does not replace, entries of -1
+    leave the state as it is: that is how pages are added to a row whose token the host does not know yet.
+    """
+
+    def step(state: Array, edits: Array) -> Array:
+        slot, whole, rows = edits[:, 0], edits[:, 1:2] > 0, edits[:, 2:]
+        old = state.at[slot].get(mode="clip")
+        return state.at[slot].set(jnp.where(whole | (rows >= 0), rows, old), mode="drop")
+
+    columns = DecodeState.columns(shapes)
+    arguments = model.host_array(shapes.slots, columns), model.host_array(bucket, 2 + columns)
+    return compile_ahead(model.on_mesh(step, EVERYWHERE, EVERYWHERE), arguments, donate=(0,))
+
+
+class Edits:
+    """Collects what the host changes in a decode state before a step."""
+
+    def __init__(self, shapes: Shapes):
+        self._shapes = shapes
+        self._rows: list[np.ndarray] = []
+
+    def join(self, slot: int, sequence: TokenSequence, pages: list[int]) -> None:
+        """Put the sequence into the slot, its newest token to be fed in next."""
+        row = self._row(slot, 1, 0)
+        row[2:5] = sequence.last, len(sequence) - 1, 1
+        row[5 : 2 + FIRST_PAGE] = sampling.pack(sequence)
+        row[2 + FIRST_PAGE : 2 + FIRST_PAGE + len(pages)] = pages
+
+    def leave(self, slot: int) -> None:
+        """Empty the slot."""
+        self._row(slot, 1, 0)
+
+    def grow(self, slot: int, first: int, pages: Sequence[int]) -> None:
+        """The slot's sequence has further pages, from entry `first` of its table on."""
+        begin = 2 + FIRST_PAGE + first
+        self._row(slot, 0, -1)[begin : begin + len(pages)] = pages
+
+    def pack(self) -> tuple[int, np.ndarray] | None:
+        """The bucket and the array for its program; None if nothing changes."""
+        if not self._rows:
+            return None
+        bucket = bucket_for(len(self._rows), self._shapes.edit_buckets, "edited slots")
+        packed = np.empty((bucket, len(self._rows[0])), np.int32)
+        packed[: len(self._rows)] = self._rows
+        packed[len(self._rows) :, 0] = self._shapes.slots  # out of range: dropped
+        return bucket, packed
+
+    def _row(self, slot: int, whole: int, fill: int) -> np.ndarray:
+        row = np.full(2 + DecodeState.columns(self._shapes), fill, np.int32)
+        row[:2] = slot, whole
+        self._rows.append(row)
+        return row
+
+
+# --- fresh memory -----------------------------------------------------------------------------------------------------
+
+
+def fresh_pool(model: Model, shapes: Shapes) -> Program:
+    """() -> an empty pool."""
+    like = abstract_pool(model.arch, model.dtype, shapes, model.mesh)
+    return _compile_fresh(like)
+
+
+def fresh_state(model: Model, shapes: Shapes) -> Program:
+    """() -> a decode state without a sequence."""
+    return _compile_fresh(model.host_array(shapes.slots, DecodeState.columns(shapes)))
+
+
+def _compile_fresh(like: Any) -> Program:
+    def make() -> Any:
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+
+    return compile_ahead(make, (), out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))
+
+
+def _compile_step(
+    model: Model, shapes: Shapes, step: Program, packed: Any, *, results: int, donate: tuple[int, ...] = (1,)
+) -> Program:
+    """(params, pool, packed) -> (pool, as many results as said, the same on every device)."""
+    pool, pool_spec = abstract_pool(model.arch, model.dtype, shapes, model.mesh), spec_of(POOL_AXES)
+    in_specs = partition_specs(model.params), pool_spec, EVERYWHERE
+    program = model.on_mesh(step, in_specs, (pool_spec, *(EVERYWHERE,) * results))
+    return compile_ahead(program, (model.params, pool, packed), donate=donate)
