@@ -1,0 +1,197 @@
+"""Every form of the paged operations against its definition, and the definitions against plain attention."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import kv_write, paged_decode_attention, paged_prefill_attention
+
+PAGES, PAGE, TABLE = 12, 4, 6
+SHAPES = [(4, 2, 8), (3, 3, 5), (6, 1, 16)]  # H, K, D
+SCALE = 0.4
+DECODE_FORMS = sorted(set(paged_decode_attention.FORMS) - {"definition"})
+PREFILL_FORMS = sorted(set(paged_prefill_attention.FORMS) - {"definition"})
+WRITE_FORMS = sorted(set(kv_write.FORMS) - {"definition"})
+
+
+def compiled(attend, backend: str):
+    return jax.jit(functools.partial(attend, scale=SCALE, backend=backend))
+
+
+DECODE = {form: compiled(paged_decode_attention.attend, form) for form in paged_decode_attention.FORMS}
+PREFILL = {form: compiled(paged_prefill_attention.attend, form) for form in paged_prefill_attention.FORMS}
+
+
+def random_pool(seed: int, kv_heads: int, head_dim: int, dtype=np.float32) -> tuple[np.ndarray, np.ndarray]:
+    pair = np.random.default_rng(seed).normal(size=(2, PAGES, kv_heads, PAGE, head_dim))
+    return pair[0].astype(dtype), pair[1].astype(dtype)
+
+
+def owned_pages(seed: int, lengths: list[int]) -> np.ndarray:
+    """A page table for these many tokens; entries that nobody needs lead far outside the pool."""
+    random = np.random.default_rng(seed)
+    table = np.full((len(lengths), TABLE), 10**6, np.int32)
+    for row, length in enumerate(lengths):
+        used = -(-length // PAGE)
+        table[row, :used] = random.choice(PAGES, used, replace=False)
+    return table
+
+
+def spoiled(pool: np.ndarray, table: np.ndarray, lengths: list[int]) -> np.ndarray:
+    """The pool with NaN wherever none of the sequences has a token."""
+    held = np.zeros((PAGES, PAGE), bool)
+    for row, length in enumerate(lengths):
+        for i in range(length):
+            held[table[row, i // PAGE], i % PAGE] = True
+    return np.where(held[:, None, :, None], pool, np.nan).astype(pool.dtype)
+
+
+def plain(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """softmax(scale q K^T) V of one query [H, D] over keys [S, K, D], in float64."""
+    k, v = (np.repeat(x.astype(np.float64), len(q) // x.shape[1], axis=1) for x in (k, v))
+    scores = np.einsum("hd,shd->hs", q.astype(np.float64), k) * SCALE
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("hs,shd->hd", weights / weights.sum(-1, keepdims=True), v)
+
+
+def test_the_definition_of_decode_attention_is_attention_over_the_tokens_in_order():
+    k_pages, v_pages = random_pool(0, 2, 8)
+    lengths = [9, 0, 4, 1]
+    table = owned_pages(1, lengths)
+    q = np.random.default_rng(2).normal(size=(4, 4, 8)).astype(np.float32)
+    out = DECODE["definition"](q, k_pages, v_pages, table, np.array(lengths))
+    for row, length in enumerate(lengths):
+        at = [(table[row, i // PAGE], slice(None), i % PAGE) for i in range(length)]
+        expected = np.zeros((4, 8))
+        if length:
+            expected = plain(q[row], np.stack([k_pages[i] for i in at]), np.stack([v_pages[i] for i in at]))
+        np.testing.assert_allclose(out[row], expected, atol=1e-5)
+
+
+def test_the_definition_of_prefill_attention_lets_each_token_see_what_stands_before_it():
+    k_pages, v_pages = random_pool(0, 2, 8)
+    starts, lengths, contexts = np.array([0, 3, 3]), np.array([3, 0, 2]), np.array([0, 0, 4])
+    table = owned_pages(1, [3, 0, 6])
+    q = np.random.default_rng(2).normal(size=(8, 4, 8)).astype(np.float32)
+    out = PREFILL["definition"](q, k_pages, v_pages, table, starts, lengths, contexts)
+    # Tokens 0, 1, 2 are the first three of chunk 0; tokens 3 and 4 are the fifth and sixth of chunk 2.
+    rows = np.array([0, 0, 0, 2, 2])
+    seen = np.array([1, 2, 3, 5, 6])
+    np.testing.assert_allclose(out[:5], DECODE["definition"](q[:5], k_pages, v_pages, table[rows], seen), atol=1e-6)
+    np.testing.assert_array_equal(out[5:], 0)
+
+
+@pytest.mark.parametrize("form", DECODE_FORMS)
+@settings(max_examples=30)
+@given(
+    seed=st.integers(0, 1000),
+    shape=st.sampled_from(SHAPES),
+    lengths=st.lists(st.integers(0, PAGE * TABLE), min_size=5, max_size=5),
+)
+def test_decode_attention_equals_its_definition_whatever_lies_elsewhere_in_the_pool(form, seed, shape, lengths):
+    heads, kv_heads, head_dim = shape
+    k_pages, v_pages = random_pool(seed, kv_heads, head_dim)
+    table = owned_pages(seed, lengths)
+    q = np.random.default_rng(seed + 1).normal(size=(5, heads, head_dim)).astype(np.float32)
+    expected = DECODE["definition"](q, k_pages, v_pages, table, np.array(lengths))
+    dirty = [spoiled(pool, table, lengths) for pool in (k_pages, v_pages)]
+    for form_ in (form, "definition"):
+        out = DECODE[form_](q, *dirty, table, np.array(lengths))
+        np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("form", PREFILL_FORMS)
+@settings(max_examples=30)
+@given(
+    seed=st.integers(0, 1000),
+    shape=st.sampled_from(SHAPES),
+    chunks=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=4, max_size=4),
+)
+def test_prefill_attention_equals_its_definition_whatever_lies_elsewhere_in_the_pool(form, seed, shape, chunks):
+    heads, kv_heads, head_dim = shape
+    lengths, contexts = (np.array(column) for column in zip(*chunks, strict=True))
+    totals = np.where(lengths, lengths + contexts, 0).tolist()
+    starts = np.cumsum(lengths) - lengths
+    k_pages, v_pages = random_pool(seed, kv_heads, head_dim)
+    table = owned_pages(seed, totals)
+    q = np.random.default_rng(seed + 1).normal(size=(48, heads, head_dim)).astype(np.float32)
+    arguments = (table, starts, lengths, contexts)
+    expected = PREFILL["definition"](q, k_pages, v_pages, *arguments)
+    dirty = [spoiled(pool, table, totals) for pool in (k_pages, v_pages)]
+    q[lengths.sum() :] = np.nan  # Padding may hold anything too
+    out = PREFILL[form](q, *dirty, *arguments)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+    np.testing.assert_array_equal(out[lengths.sum() :], 0)
+
+
+@pytest.mark.parametrize("form", PREFILL_FORMS)
+def test_prefill_over_several_query_and_key_blocks_equals_its_definition(form: str):
+    random = np.random.default_rng(0)
+    heads, kv_heads, head_dim, size = 4, 2, 8, 16
+    lengths, contexts = np.array([300, 1, 130]), np.array([0, 129, 200])
+    starts = np.cumsum(lengths) - lengths
+    pages = random.permutation(64)
+    table = np.full((3, 24), -1, np.int32)
+    for row, used in enumerate(-(-(lengths + contexts) // size)):
+        table[row, :used], pages = pages[:used], pages[used:]
+    k_pages, v_pages = random.normal(size=(2, 64, kv_heads, size, head_dim)).astype(np.float32)
+    q = random.normal(size=(512, heads, head_dim)).astype(np.float32)
+    arguments = (q, k_pages, v_pages, table, starts, lengths, contexts)
+    np.testing.assert_allclose(PREFILL[form](*arguments), PREFILL["definition"](*arguments), atol=2e-6)
+
+
+@pytest.mark.parametrize("form", DECODE_FORMS)
+def test_decode_over_many_pages_equals_its_definition(form: str):
+    random = np.random.default_rng(0)
+    k_pages, v_pages = random.normal(size=(2, 96, 2, 16, 8)).astype(np.float32)
+    lengths = np.array([1, 511, 512, 0, 129, 16])
+    table = np.stack([random.permutation(96)[:32] for _ in lengths])
+    q = random.normal(size=(6, 4, 8)).astype(np.float32)
+    arguments = (q, k_pages, v_pages, table, lengths)
+    np.testing.assert_allclose(DECODE[form](*arguments), DECODE["definition"](*arguments), atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_rounded_once_at_the_end(dtype: str):
+    dtype = jnp.dtype(dtype)
+    k_pages, v_pages = random_pool(0, 2, 8, dtype)
+    lengths = [20, 3, 0, 24, 7]
+    table = owned_pages(0, lengths)
+    q = np.random.default_rng(0).normal(size=(5, 4, 8)).astype(dtype)
+    chunks = (np.array([0, 3, 3, 3, 4]), np.array([3, 0, 0, 1, 1]), np.array([17, 0, 0, 23, 6]))
+    for forms, arguments in ((DECODE, (table, np.array(lengths))), (PREFILL, (table, *chunks))):
+        wide = forms["definition"](*(x.astype(np.float32) for x in (q, k_pages, v_pages)), *arguments)
+        for form in forms.values():
+            out = form(q, k_pages, v_pages, *arguments)
+            assert out.dtype == dtype
+            np.testing.assert_allclose(np.float32(out), np.float32(wide), atol=2e-2)
+
+
+@pytest.mark.parametrize("form", ["definition", *WRITE_FORMS])
+@settings(max_examples=20)
+@given(slots=st.lists(st.integers(-2, PAGES * PAGE + 2), min_size=7, max_size=7, unique=True))
+def test_a_write_changes_the_slots_it_names_and_no_other(form, slots):
+    k_pages, v_pages = random_pool(0, 2, 8)
+    k, v = np.random.default_rng(1).normal(size=(2, 7, 2, 8)).astype(np.float32)
+    out = kv_write.write(k_pages, v_pages, k, v, np.array(slots), backend=form)
+    for written, pages, new in zip(out, (k_pages, v_pages), (k, v), strict=True):
+        expected = pages.copy()
+        for row, slot in enumerate(slots):
+            if 0 <= slot < PAGES * PAGE:
+                expected[slot // PAGE, :, slot % PAGE] = new[row]
+        np.testing.assert_array_equal(written, expected)
+
+
+def test_an_unknown_backend_is_refused():
+    k_pages, v_pages = random_pool(0, 2, 8)
+    with pytest.raises(ValueError, match="backend = 'cuda' must be auto or one of xla, definition"):
+        paged_decode_attention.attend(
+            np.zeros((1, 4, 8)), k_pages, v_pages, np.zeros((1, 1), int), np.ones(1, int), scale=1.0, backend="cuda"
+        )
