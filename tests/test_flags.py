@@ -53,7 +53,7 @@ def _file(folder: Path, text: str) -> str:
 
 def _launch(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "experiments.serve", *arguments]
-    return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=300)
 
 
 # --- what is read -----------------------------------------------------------------------------------------------------
