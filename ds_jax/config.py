@@ -156,7 +156,9 @@ class Config:
         if not 0 < self.cache.memory_fraction <= 1:
             raise ValueError(f"cache.memory_fraction = {self.cache.memory_fraction} must be greater than 0, at most 1")
         if not 0 < self.scheduler.pull_watermark <= 1:
-            raise ValueError(f"scheduler.pull_watermark = {self.scheduler.pull_watermark} must be greater than 0, at most 1")
+            raise ValueError(
+                f"scheduler.pull_watermark = {self.scheduler.pull_watermark} must be greater than 0, at most 1"
+            )
         _at_least("model.max_model_len", self.model.max_model_len, 0)
         _at_least("engine.max_waiting", self.engine.max_waiting, 1)
         _at_least("engine.log_capacity", self.engine.log_capacity, 0)

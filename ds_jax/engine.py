@@ -147,7 +147,7 @@ class Engine:
         if len(self._unstarted) >= self.config.engine.max_waiting:
             raise Overloaded(f"{len(self._unstarted)} requests are waiting already (engine.max_waiting)", 1.0)
         seed = random.getrandbits(63) if params.seed is None else params.seed
-        sequence = Sequence(next(self._ids), prompt, [], params, seed)
+        sequence = Sequence(next(self._ids), prompt, params, seed)
         self._unstarted.add(sequence.id)
         deadline_s = deadline_s if deadline_s is not None else self.config.engine.deadline_s or None
         deadline_ns = None if deadline_s is None else time.monotonic_ns() + int(deadline_s * 1e9)
@@ -240,9 +240,7 @@ class Engine:
         if deadline_ns is not None:
             self._deadlines[sequence.id] = deadline_ns
         params = sequence.sampling
-        self._handle(
-            Arrived(Request(sequence.id, len(sequence.prompt), params.max_tokens, sequence.seed, deadline_ns))
-        )
+        self._handle(Arrived(Request(sequence.id, len(sequence.prompt), params.max_tokens, sequence.seed, deadline_ns)))
 
     def _stop(self, request: int, reason: str) -> None:
         sequence = self._living.get(request)

@@ -99,9 +99,7 @@ def main(argv: list[str]) -> None:
         "output_tokens_per_s": sum(len(output.token_ids) for output in outputs) / seconds,
         "p50_ttft_s": percentile((one.ttft_ns / 1e9 for one in times if one.ttft_ns is not None), 0.5),
         "p50_tpot_s": percentile((one.tpot_ns / 1e9 for one in times if one.tpot_ns is not None), 0.5),
-        "mean_stages_s": {
-            stage: sum(one.stages_s()[stage] for one in times) / max(1, len(times)) for stage in STAGES
-        },
+        "mean_stages_s": {stage: sum(one.stages_s()[stage] for one in times) / max(1, len(times)) for stage in STAGES},
         "compilations_while_serving": statistics["compilations_while_serving"],
     }
     _write(folder / "outputs.json", rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ds_jax.protocol import Copy, Decode, Instance, Place, Prefill, Step
 from ds_jax.scheduling.ledger import Lease, PageLedger
@@ -36,18 +36,21 @@ class InstanceState:
 
 @dataclass(frozen=True, slots=True)
 class StepInFlight:
-    """`work` has, in the order of the step's prefills then decodes, the sequence and the lease that it pins."""
+    """`work` has, in the order of the step's prefills then decodes, the sequence and the lease that it pins.
+
+    `state`, here and in a copy, is an InstanceState of whatever kind the policy made.
+    """
 
     step: Step
-    state: InstanceState
+    state: Any
     work: tuple[tuple[Sequence, Lease], ...]
 
 
 class CopyInFlight(NamedTuple):
     copy: Copy
     sequence: Sequence
-    source: tuple[InstanceState, Lease]
-    destination: tuple[InstanceState, Lease]
+    source: tuple[Any, Lease]
+    destination: tuple[Any, Lease]
 
 
 class Flight:

@@ -44,8 +44,20 @@ class Phase(enum.Enum):
 class Sequence:
     """Counts and whereabouts of one living sequence."""
 
-    __slots__ = ("copy", "emitted", "home", "lane", "lease", "order", "phase", "planned")
-    __slots__ += ("prefilled", "request", "slot", "steps")
+    __slots__ = (
+        "copy",
+        "emitted",
+        "home",
+        "lane",
+        "lease",
+        "order",
+        "phase",
+        "planned",
+        "prefilled",
+        "request",
+        "slot",
+        "steps",
+    )
 
     def __init__(self, request: Request, order: int):
         self.request = request
