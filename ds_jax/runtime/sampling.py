@@ -6,9 +6,9 @@ The noise of a token is keyed by (seed, sequence index, position), and the choic
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -54,7 +54,8 @@ def sample(
     """One token per row: argmax of the logits where temperature is 0, else of logits / temperature + noise.
 
     top_k keeps the k largest logits; top_p then keeps the smallest set of the largest whose probability reaches
-    top_p. What ties with the last one kept is kept too. Nothing is sorted and no noise is made when no row asks.
+    top_p. What ties with the last one kept is kept too. No work is done for either, and no noise made, when no row
+    asks.
 
     Args:
         logits: float32, over the whole vocabulary.
@@ -70,32 +71,80 @@ def sample(
     cut = hot & ((sampling.top_p < 1) | ((sampling.top_k > 0) & (sampling.top_k < logits.shape[1])))
     scores = lax.cond(jnp.any(cut), _cut, lambda x, *_: x, scaled, sampling, cut)
     scores = lax.cond(jnp.any(hot), _perturb, lambda x, *_: x, scores, sampling, positions, hot)
-    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    return _argmax(scores)
+
+
+def _argmax(scores: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """The first of the largest scores, as two plain reductions, which XLA:CPU vectorises (it does not jnp.argmax)."""
+    last = scores.shape[1] - 1
+    tokens = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+    best = scores.max(axis=-1, keepdims=True)
+    return jnp.where(scores == best, tokens, last).min(axis=-1)
 
 
 def _cut(scaled: Float[Array, "B V"], sampling: Sampling, rows: Array) -> Float[Array, "B V"]:
-    """-inf for what top_k and top_p leave out."""
-    vocab = scaled.shape[1]
-    ranked = -jnp.sort(-scaled, axis=-1)
-    k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocab), vocab)
-    ranked = jnp.where(jnp.arange(vocab) < k[:, None], ranked, -jnp.inf)
-    probabilities = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # The first is always kept. top_p = 1 keeps all of top_k, whatever rounding makes of the sum.
-    kept = (before < sampling.top_p[:, None]) | (sampling.top_p >= 1)[:, None]
-    kept = (kept & (ranked > -jnp.inf)).at[:, 0].set(True)
-    threshold = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1)
-    return jnp.where(rows[:, None] & (scaled < threshold[:, None]), -jnp.inf, scaled)
+    """-inf for what top_k and top_p leave out.
+
+    Both keep what is at least some threshold, found bit by bit: 32 passes over the logits cost less than sorting
+    them, to run as to compile.
+    """
+    ranks = _ranks(scaled)
+    likelihood = jnp.exp(scaled - scaled.max(axis=-1, keepdims=True))
+    k = sampling.top_k[:, None]
+    kth = _largest(lambda rank: jnp.sum(ranks >= rank, axis=-1, keepdims=True) >= k, k > 0)
+
+    def mass(rank: Array) -> Array:
+        return jnp.sum(jnp.where(ranks >= rank, likelihood, 0), axis=-1, keepdims=True)
+
+    top_p = sampling.top_p[:, None]
+    enough = top_p * mass(kth)
+    nucleus = _largest(lambda rank: mass(jnp.maximum(rank, kth)) >= enough, top_p < 1)
+    return jnp.where(rows[:, None] & (ranks < jnp.maximum(kth, nucleus)), -jnp.inf, scaled)
+
+
+def _ranks(x: Float[Array, "B V"]) -> UInt[Array, "B V"]:
+    """Numbers in the order of x: the bits of a float, turned so that they count upwards."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    return jnp.where(bits & sign, ~bits, bits | sign)
+
+
+def _largest(holds: Callable[[Array], Array], rows: Array) -> UInt[Array, "B 1"]:
+    """The largest rank for which `holds`, which is true from 0 up to some rank and false from there on; 0 elsewhere
+    than in `rows`."""
+
+    def step(i: Array, rank: Array) -> Array:
+        higher = rank | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        return jnp.where(holds(higher), higher, rank)
+
+    rank = lax.fori_loop(0, jnp.where(jnp.any(rows), 32, 0), step, jnp.zeros(rows.shape, jnp.uint32))
+    return jnp.where(rows, rank, 0)
 
 
 def _perturb(scores: Float[Array, "B V"], sampling: Sampling, positions: Array, rows: Array) -> Float[Array, "B V"]:
-    def noise(seed: Array, index: Array, position: Array) -> Array:
-        key = jax.random.wrap_key_data(seed, impl="threefry2x32")
-        key = jax.random.fold_in(jax.random.fold_in(key, index), position)
-        return jax.random.gumbel(key, scores.shape[1:], jnp.float32)
+    """Scores plus Gumbel noise, of a stream of random numbers per sequence that is read at (position, token)."""
+    high, low = (word[:, None] for word in sampling.seed.T)
+    key = threefry((high, low), (jnp.zeros_like(high), sampling.index[:, None].astype(jnp.uint32)))
+    key = lax.optimization_barrier(key)  # XLA would make it again for every token
+    tokens = lax.broadcasted_iota(jnp.uint32, scores.shape, 1)
+    first, second = threefry(key, (positions[:, None].astype(jnp.uint32), tokens))
+    uniform = ((first ^ second) >> 9).astype(jnp.float32) * 2**-23 + 2**-24  # inside (0, 1), both ends left out
+    return jnp.where(rows[:, None], scores - jnp.log(-jnp.log(uniform)), scores)
 
-    gumbel = jax.vmap(noise)(sampling.seed, sampling.index, positions)
-    return jnp.where(rows[:, None], scores + gumbel, scores)
+
+def threefry(key: tuple[Array, Array], counter: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Threefry-2x32 with 20 rounds (Salmon et al., SC'11), elementwise over broadcast uint32 arrays.
+
+    The random numbers of `jax.random`, which come in loops; unrolled they are one fusion, and quicker to compile.
+    """
+    keys = (*key, key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
+    x, y = counter[0] + keys[0], counter[1] + keys[1]
+    for group in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            x = x + y
+            y = x ^ ((y << turn) | (y >> (32 - turn)))
+        x, y = x + keys[(group + 1) % 3], y + keys[(group + 2) % 3] + jnp.uint32(group + 1)
+    return x, y
 
 
 def _int32(word: int) -> int:
