@@ -1,0 +1,75 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from ds_jax.errors import RequestError
+from ds_jax.server.generation import Generation, check_model, collect, fitted, head, tokenized
+from ds_jax.server.schemas import CompletionRequest
+from ds_jax.server.streaming import DONE, EventStream, event, unless_hung_up
+
+if TYPE_CHECKING:
+    from ds_jax.async_engine import AsyncEngine
+
+DEFAULT_MAX_TOKENS = 16
+
+router = APIRouter()
+
+
+@router.post("/v1/completions")
+async def complete(body: CompletionRequest, request: Request) -> Response:
+    """Go on from a text, or from each of several texts; texts may be given as token ids."""
+    engine: AsyncEngine = request.app.state.engine
+    check_model(engine, body.model)
+    body.check()
+    texts = body.prompts()
+    params = body.sampling(DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens)
+    prompts = await tokenized(sum(map(len, texts)), lambda: [_token_ids(engine, text) for text in texts])
+    each = [params] * len(prompts)
+    if body.max_tokens is None:
+        each = fitted(engine, params, prompts, DEFAULT_MAX_TOKENS)
+    generation = Generation(engine, prompts, each)
+    start = head("cmpl", "text_completion", engine)
+    if body.stream:
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        return EventStream(_events(generation, start, with_usage))
+    choices = await unless_hung_up(request.receive, collect(generation))
+    answers = [
+        _choice(index, choice.text, choice.finish_reason, choice.stages_s) for index, choice in enumerate(choices)
+    ]
+    return JSONResponse({**start, "choices": answers, "usage": generation.usage()})
+
+
+async def _events(generation: Generation, start: dict[str, Any], with_usage: bool) -> AsyncGenerator[bytes, None]:
+    if with_usage:
+        start = {**start, "usage": None}
+    async with aclosing(generation.outputs()) as outputs:
+        async for index, output in outputs:
+            if output.text or output.finish_reason is not None:
+                choice = _choice(index, output.text, output.finish_reason, output.stages_s)
+                yield event({**start, "choices": [choice]})
+    if with_usage:
+        yield event({**start, "choices": [], "usage": generation.usage()})
+    yield DONE
+
+
+def _choice(index: int, text: str, finish_reason: str | None, stages_s: dict[str, float] | None) -> dict[str, Any]:
+    choice = {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+    return choice if stages_s is None else {**choice, "stages_s": stages_s}
+
+
+def _token_ids(engine: AsyncEngine, prompt: str | list[int]) -> list[int]:
+    if not prompt:
+        raise RequestError("prompt is empty: at least 1 token is needed", "prompt")
+    if isinstance(prompt, list):
+        return prompt
+    try:
+        return engine.tokenizer.encode(prompt)
+    except ValueError as error:
+        raise RequestError(f"prompt cannot be read: {error}", "prompt") from error
