@@ -1,46 +1,70 @@
-"""Decode attention as a loop over the pages in use, with online softmax: nothing is gathered, nothing padded read."""
+"""Decode attention as a loop over the pages in use, with online softmax: nothing is gathered whole, no padding read."""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from kernels.platforms import Over, by_platform
+
+BLOCK_BYTES = 65536
+"""Keys of one step, at most: several pages where they are small (fewer steps), one where it fills a core's cache."""
+MOST_PAGES = 8
 
 
 def attend(
     q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array, lengths: jax.Array, *, scale: float
 ) -> jax.Array:
     """See the package."""
-    batch, heads, head_dim = q.shape
-    _, kv_heads, size, _ = k_pages.shape
-    group = heads // kv_heads
-    queries = (q.astype(jnp.float32) * scale).reshape(batch, kv_heads, group, head_dim)
+    return by_platform(functools.partial(over_sequences, scale=scale), q, k_pages, v_pages, page_table, lengths)
 
-    def sequence(b: jax.Array, out: jax.Array) -> jax.Array:
+
+def over_sequences(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: float,
+    over: Over,
+) -> jax.Array:
+    """The sequences in the order that `over` takes them, each page by page."""
+    batch, heads, head_dim = q.shape
+    pool, kv_heads, size, _ = k_pages.shape
+    pages = max(1, min(BLOCK_BYTES // (kv_heads * size * head_dim * 4), MOST_PAGES, page_table.shape[1]))
+    columns = pages * size
+    queries = (q.astype(jnp.float32) * scale).reshape(batch, kv_heads, heads // kv_heads, head_dim)
+    page_table = jnp.clip(jnp.pad(page_table, ((0, 0), (0, pages - 1))), 0, pool - 1)
+
+    def sequence(b: jax.Array) -> jax.Array:
         query, length = queries[b], lengths[b]
 
-        def page(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            best, weight, sum_ = carry
-            number = page_table[b, i]
-            keys = lax.dynamic_index_in_dim(k_pages, number, keepdims=False).astype(jnp.float32)
-            values = lax.dynamic_index_in_dim(v_pages, number, keepdims=False).astype(jnp.float32)
-            seen = i * size + jnp.arange(size) < length
-            scores = jnp.einsum("kgd,knd->kgn", query, keys, precision=lax.Precision.HIGHEST)
+        def block(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            best, weight, mean = carry
+            numbers = lax.dynamic_slice(page_table, (b, i * pages), (1, pages))[0]
+
+            def taken(pool: jax.Array) -> jax.Array:  # [K, columns, D]
+                some = pool.at[numbers].get(mode="promise_in_bounds").astype(jnp.float32)
+                return some.transpose(1, 0, 2, 3).reshape(kv_heads, columns, head_dim)
+
+            seen = i * columns + jnp.arange(columns) < length
+            scores = jnp.einsum("kgd,knd->kgn", query, taken(k_pages), precision=lax.Precision.HIGHEST)
             scores = jnp.where(seen, scores, -jnp.inf)
             new_best = jnp.maximum(best, scores.max(-1, keepdims=True))
-            rescale = jnp.exp(best - new_best)
-            p = jnp.exp(scores - new_best)
-            values = jnp.where(seen[:, None], values, 0)
-            sum_ = sum_ * rescale + jnp.einsum("kgn,knd->kgd", p, values, precision=lax.Precision.HIGHEST)
-            return new_best, weight * rescale + p.sum(-1, keepdims=True), sum_
+            rescale, p = jnp.exp(best - new_best), jnp.exp(scores - new_best)
+            # A freed page may hold anything, NaN included, and 0 * NaN is NaN.
+            values = jnp.where(seen[:, None], taken(v_pages), 0)
+            mean = mean * rescale + jnp.einsum("kgn,knd->kgd", p, values, precision=lax.Precision.HIGHEST)
+            return new_best, weight * rescale + p.sum(-1, keepdims=True), mean
 
-        first = (
-            jnp.full((kv_heads, group, 1), -jnp.inf),
-            jnp.zeros((kv_heads, group, 1)),
-            jnp.zeros((kv_heads, group, head_dim)),
-        )
-        _, weight, sum_ = lax.fori_loop(0, -(-length // size), page, first)
-        return lax.dynamic_update_index_in_dim(out, sum_ / jnp.maximum(weight, 1e-30), b, 0)
+        one = jnp.zeros((*query.shape[:2], 1))
+        # The lowest number, not -inf: a block that sees nothing (side by side with longer rows) must not give NaN.
+        start = (one + jnp.finfo(jnp.float32).min, one, jnp.zeros_like(query))
+        _, weight, mean = lax.fori_loop(0, -(-length // columns), block, start)
+        return mean / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
 
-    out = lax.fori_loop(0, batch, sequence, jnp.zeros((batch, kv_heads, group, head_dim)))
-    return out.reshape(q.shape).astype(q.dtype)
+    return over(sequence, jnp.arange(batch)).reshape(q.shape).astype(q.dtype)

@@ -1,13 +1,22 @@
-"""Prefill attention as a loop over the pairs of query and key block that exist, with online softmax."""
+"""Prefill attention as a loop over the pairs of query and key block that exist, with online softmax.
+
+A pair's scores fit into a core's cache (FlashAttention's blocks, one KV head at a time on the CPU).
+"""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels.platforms import Over, by_platform
+
 QUERY_BLOCK = 128
+"""Rows of one block: queries times the heads that share a KV head."""
 KEY_BLOCK = 128
+"""Tokens of one key block, or a page where that is more."""
 
 
 def attend(
@@ -22,56 +31,75 @@ def attend(
     scale: float,
 ) -> jax.Array:
     """See the package. Cost follows the chunks' real lengths, rounded up to blocks."""
+    form = functools.partial(over_heads, scale=scale)
+    return by_platform(form, q, k_pages, v_pages, page_table, starts, lengths, contexts)
+
+
+def over_heads(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    starts: jax.Array,
+    lengths: jax.Array,
+    contexts: jax.Array,
+    *,
+    scale: float,
+    over: Over,
+) -> jax.Array:
+    """Chunk by chunk, query block by query block, and in each the KV heads in the order that `over` takes them."""
     tokens, heads, head_dim = q.shape
     pool, kv_heads, size, _ = k_pages.shape
     group = heads // kv_heads
-    rows = min(QUERY_BLOCK, tokens)
+    rows = min(max(QUERY_BLOCK // group, 16), tokens)
     pages = min(max(1, KEY_BLOCK // size), page_table.shape[1])
     columns = pages * size
+    queries = (q.astype(jnp.float32) * scale).reshape(tokens, kv_heads, group, head_dim).transpose(1, 2, 0, 3)
     # A block may begin at the last token, and a run of pages at the last page: room for both to run over.
-    queries = (q.astype(jnp.float32) * scale).reshape(tokens, kv_heads, group, head_dim)
-    queries = jnp.pad(queries, ((0, rows), (0, 0), (0, 0), (0, 0)))
+    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, rows), (0, 0)))  # [K, G, T + rows, D]
     page_table = jnp.clip(jnp.pad(page_table, ((0, 0), (0, pages - 1))), 0, pool - 1)
 
     def chunk(r: jax.Array, out: jax.Array) -> jax.Array:
-        def query_block(i: jax.Array, out: jax.Array) -> jax.Array:
-            first = starts[r] + i * rows
-            query = lax.dynamic_slice_in_dim(queries, first, rows).transpose(1, 2, 0, 3)  # [K, G, rows, D]
-            query = query.reshape(kv_heads, group * rows, head_dim)
-            position = contexts[r] + i * rows + jnp.arange(rows)
-            end = contexts[r] + jnp.minimum((i + 1) * rows, lengths[r])  # Keys that the block's last token sees.
+        return lax.fori_loop(0, -(-lengths[r] // rows), functools.partial(query_block, r), out)
+
+    def query_block(r: jax.Array, i: jax.Array, out: jax.Array) -> jax.Array:
+        first = starts[r] + i * rows
+        position = contexts[r] + i * rows + jnp.arange(rows)
+        end = contexts[r] + jnp.minimum((i + 1) * rows, lengths[r])  # Tokens that the block's last query sees.
+
+        def head(h: jax.Array) -> jax.Array:
+            query = lax.dynamic_slice(queries, (h, 0, first, 0), (1, group, rows, head_dim))
+            query = query.reshape(group * rows, head_dim)
 
             def key_block(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-                best, weight, sum_ = carry
+                best, weight, mean = carry
                 numbers = lax.dynamic_slice(page_table, (r, j * pages), (1, pages))[0]
 
-                def gathered(pool: jax.Array) -> jax.Array:  # [K, columns, D]
-                    taken = pool[numbers].transpose(1, 0, 2, 3).astype(jnp.float32)
-                    return taken.reshape(kv_heads, columns, head_dim)
+                def taken(pool: jax.Array) -> jax.Array:
+                    some = pool.at[numbers, h].get(mode="promise_in_bounds")
+                    return some.reshape(columns, head_dim).astype(jnp.float32)
 
                 key = j * columns + jnp.arange(columns)
-                scores = jnp.einsum("kqd,ksd->kqs", query, gathered(k_pages), precision=lax.Precision.HIGHEST)
+                scores = jnp.einsum("qd,sd->qs", query, taken(k_pages), precision=lax.Precision.HIGHEST)
                 seen = (key <= position[:, None]) & (key < end)
-                scores = scores.reshape(kv_heads, group, rows, columns)
-                scores = jnp.where(seen, scores, -jnp.inf).reshape(kv_heads, group * rows, columns)
+                scores = jnp.where(seen, scores.reshape(group, rows, columns), -jnp.inf).reshape(scores.shape)
                 new_best = jnp.maximum(best, scores.max(-1, keepdims=True))
                 rescale, p = jnp.exp(best - new_best), jnp.exp(scores - new_best)
-                values = jnp.where((key < end)[:, None], gathered(v_pages), 0)
-                sum_ = sum_ * rescale + jnp.einsum("kqs,ksd->kqd", p, values, precision=lax.Precision.HIGHEST)
-                return new_best, weight * rescale + p.sum(-1, keepdims=True), sum_
+                # A freed page may hold anything, NaN included, and 0 * NaN is NaN.
+                values = jnp.where((key < end)[:, None], taken(v_pages), 0)
+                mean = mean * rescale + jnp.einsum("qs,sd->qd", p, values, precision=lax.Precision.HIGHEST)
+                return new_best, weight * rescale + p.sum(-1, keepdims=True), mean
 
-            start = (
-                jnp.full((kv_heads, group * rows, 1), jnp.finfo(jnp.float32).min),
-                jnp.zeros((kv_heads, group * rows, 1)),
-                jnp.zeros((kv_heads, group * rows, head_dim)),
-            )
-            _, weight, sum_ = lax.fori_loop(0, -(-end // columns), key_block, start)
-            block = (sum_ / jnp.maximum(weight, 1e-30)).reshape(kv_heads, group, rows, head_dim).transpose(2, 0, 1, 3)
-            old = lax.dynamic_slice_in_dim(out, first, rows)
-            mine = (i * rows + jnp.arange(rows) < lengths[r])[:, None, None, None]
-            return lax.dynamic_update_slice_in_dim(out, jnp.where(mine, block, old), first, 0)
+            one = jnp.zeros((group * rows, 1))
+            # The lowest number, not -inf: a row of padding sees nothing, and must not give NaN.
+            start = (one + jnp.finfo(jnp.float32).min, one, jnp.zeros_like(query))
+            _, weight, mean = lax.fori_loop(0, -(-end // columns), key_block, start)
+            return (mean / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)).reshape(group, rows, head_dim)
 
-        return lax.fori_loop(0, -(-lengths[r] // rows), query_block, out)
+        block = over(head, jnp.arange(kv_heads))
+        mine = (i * rows + jnp.arange(rows) < lengths[r])[:, None]
+        old = lax.dynamic_slice_in_dim(out, first, rows, axis=2)
+        return lax.dynamic_update_slice_in_dim(out, jnp.where(mine, block, old), first, axis=2)
 
     out = lax.fori_loop(0, starts.shape[0], chunk, jnp.zeros_like(queries))
-    return out[:tokens].reshape(q.shape).astype(q.dtype)
+    return out[:, :, :tokens].transpose(2, 0, 1, 3).reshape(q.shape).astype(q.dtype)

@@ -11,22 +11,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import kv_write, paged_decode_attention, paged_prefill_attention
+from kernels import kv_write, paged_decode_attention, paged_prefill_attention, platforms
 
 PAGES, PAGE, TABLE = 12, 4, 6
 SHAPES = [(4, 2, 8), (3, 3, 5), (6, 1, 16)]  # H, K, D
 SCALE = 0.4
-DECODE_FORMS = sorted(set(paged_decode_attention.FORMS) - {"definition"})
-PREFILL_FORMS = sorted(set(paged_prefill_attention.FORMS) - {"definition"})
-WRITE_FORMS = sorted(set(kv_write.FORMS) - {"definition"})
+SIDE_BY_SIDE = {"scale": SCALE, "over": platforms.side_by_side}
+"""What the XLA forms do elsewhere than on the CPU."""
 
 
-def compiled(attend, backend: str):
-    return jax.jit(functools.partial(attend, scale=SCALE, backend=backend))
+def forms_of(package, parallel):
+    forms = {name: functools.partial(package.attend, scale=SCALE, backend=name) for name in package.FORMS}
+    return {name: jax.jit(form) for name, form in {**forms, "xla side by side": parallel}.items()}
 
 
-DECODE = {form: compiled(paged_decode_attention.attend, form) for form in paged_decode_attention.FORMS}
-PREFILL = {form: compiled(paged_prefill_attention.attend, form) for form in paged_prefill_attention.FORMS}
+DECODE = forms_of(paged_decode_attention, functools.partial(paged_decode_attention.xla.over_sequences, **SIDE_BY_SIDE))
+PREFILL = forms_of(paged_prefill_attention, functools.partial(paged_prefill_attention.xla.over_heads, **SIDE_BY_SIDE))
+DECODE_FORMS = [name for name in DECODE if name != "definition"]
+PREFILL_FORMS = [name for name in PREFILL if name != "definition"]
+WRITE_FORMS = [name for name in kv_write.FORMS if name != "definition"]
 
 
 def random_pool(seed: int, kv_heads: int, head_dim: int, dtype=np.float32) -> tuple[np.ndarray, np.ndarray]:
