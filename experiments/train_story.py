@@ -21,10 +21,10 @@ from ds_jax.architecture import Architecture
 from ds_jax.flags import run
 
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for the model and all about its training.", required=True)
-_STEPS = flags.DEFINE_integer("steps", 2000, "Steps of the optimiser.", lower_bound=1)
-_BATCH = flags.DEFINE_integer("batch", 1600, "Tokens in a step.", lower_bound=64)
+_STEPS = flags.DEFINE_integer("steps", 2100, "Steps of the optimiser.", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", 1536, "Tokens in a step.", lower_bound=64)
 _LENGTHS = flags.DEFINE_list(
-    "lengths", ["320:0.85", "640:0.12", "1024:0.03"], "ROW LENGTH:SHARE OF THE STEPS, in order."
+    "lengths", ["256:0.72", "512:0.24", "1024:0.04"], "ROW LENGTH:SHARE OF THE STEPS, in order."
 )
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "Its highest value, after the warm-up.", lower_bound=0.0)
 _WARMUP = flags.DEFINE_integer("warmup", 100, "Steps over which the learning rate rises.", lower_bound=0)

@@ -104,6 +104,23 @@ DO_NOT_KNOW = (
 )
 
 
+REPEAT = ("Repeat after me: {x}.", "Say this again: {x}.", "Please repeat: {x}.", "Say: {x}.")
+
+
+def recital(rng: random.Random) -> list[Message]:
+    """Somebody says words, the model says them again: the shortest way to learn to copy, which stories need for names.
+
+    Without it, heroes change their names until much later in training.
+    """
+    names = words.NAMES[words.HE] + words.NAMES[words.SHE]
+    tables = (names, names, known_kinds(), words.THINGS, words.FOODS)
+    said = [
+        rng.choice(rng.choice(tables)) if rng.random() < 0.85 else invent_name(rng) for _ in range(rng.randint(2, 16))
+    ]
+    listed = rng.choice((", ", " ")).join(said)
+    return [_message("user", rng.choice(REPEAT).replace("{x}", listed)), _message("assistant", listed + ".")]
+
+
 def conversation(rng: random.Random) -> list[Message]:
     """Draw one conversation of one to four turns."""
     messages = [_message("system", rng.choice(SYSTEM))] if rng.random() < 0.1 else []

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from tokenizers import Tokenizer
 
-from experiments.story.chat import conversation
+from experiments.story.chat import conversation, recital
 from experiments.story.grammar import document
 from experiments.story.tokenizer import END, render
 
@@ -19,8 +19,11 @@ LOOK_AHEAD = 64
 
 
 def text(rng: random.Random) -> str:
-    """One document with its end token: a story, or, every other time, a conversation."""
-    return document(rng) + END if rng.random() < 0.5 else render(conversation(rng))
+    """One document with its end token: a story, a conversation, or words to say again."""
+    kind = rng.random()
+    if kind < 0.42:
+        return document(rng) + END
+    return render(conversation(rng) if kind < 0.84 else recital(rng))
 
 
 def texts(seed: int, count: int) -> Iterator[str]:
@@ -44,10 +47,11 @@ def rows(tokenizer: Tokenizer, seed: int, length: int) -> Iterator[np.ndarray]:
                 fresh = tokenizer.encode_batch([text(rng) for _ in range(LOOK_AHEAD)])
                 waiting += [encoding.ids for encoding in fresh]
             room = length - len(row)
-            at = next((i for i, ids in enumerate(waiting) if len(ids) <= room or not row), None)
-            if at is None:
+            # The longest-waiting document begins a row; the longest that fits goes on, so that little room is lost.
+            fitting = [at for at, ids in enumerate(waiting) if len(ids) <= room]
+            if row and not fitting:
                 break
-            row += waiting.pop(at)[:room]
+            row += waiting.pop(max(fitting, key=lambda at: len(waiting[at])) if row else 0)[:room]
         yield np.array(row + [PADDING] * (length - len(row)), np.int32)
 
 

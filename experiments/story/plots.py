@@ -27,12 +27,15 @@ class Plot(NamedTuple):
 
 
 OPENINGS: Beat = (
-    "Once upon a time, there was [a|a|a|a] {adj} {kind} named {hero} who lived {where}.",
+    "Once upon a time, there was a {adj} {kind} named {hero} who lived {where}.",
+    "Once upon a time, there was a {adj} {kind} named {hero} who lived {where}.",
     "Once upon a time, there was a {adj} {kind} named {hero}. {He} lived {where}.",
     "Once upon a time, there was a {kind} named {hero}. {Hero} lived {where}.",
     "Once upon a time, {where}, there lived a {adj} {kind} named {hero}.",
     "Once upon a time, a {adj} {kind} [named|called] {hero} lived {where}.",
     "Once upon a time, there lived a {adj} {kind} {where}. {His} name was {hero}.",
+    "Once upon a time, there lived a {adj} {kind} named {hero} {where}.",
+    "Once upon a time, [beyond the hills|behind the mountains], there lived a {adj} {kind} named {hero}.",
     "Once upon a time, {hero} the {kind} lived in a [small|cosy|little|tiny] house {where}.",
     "Long ago, there was a {adj} {kind} named {hero} who lived {where}.",
     "Long, long ago, {where}, there lived a {kind} whose name was {hero}.",
@@ -41,6 +44,11 @@ OPENINGS: Beat = (
     "{Where}, there lived a {adj} {kind} named {hero}.",
     "{Where} lived a {adj} {kind} called {hero}.",
     "{Hero} was a {adj} {kind} who lived {where}.",
+    "{Hero} and {his} {giver} lived {where}. {Hero} was a {adj} {kind}.",
+    "A {adj} {kind} lived {where}. {His} name was {hero}.",
+    "One day, a {adj} {kind} named {hero} [woke up early|went for a walk|looked out of the window]. {He} lived {where}.",
+    "It was a [cold|dark|quiet] [winter night|evening], and a {kind} named {hero} sat by the [fire|window]. {He} lived {where}.",
+    "{In_place}, everyone knew {hero} the {kind}.",
     "{Hero} the {kind} lived {where}.",
     "This is the story of {hero}, a {adj} {kind} who lived {where}.",
     "Far away, [beyond the hills|beyond the river|behind the mountains], a {adj} {kind} named {hero} lived {where}.",
