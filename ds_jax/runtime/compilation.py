@@ -57,12 +57,12 @@ def compile_ahead(
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
     """Compilations on this thread are meant: no counter counts them."""
-    before = getattr(_expecting, "depth", 0)
-    _expecting.depth = before + 1
+    before = getattr(_expecting, "now", False)
+    _expecting.now = True
     try:
         yield
     finally:
-        _expecting.depth = before
+        _expecting.now = before
 
 
 class CompilationCounter:
@@ -82,13 +82,13 @@ class CompilationCounter:
             self._running = False
             jax.monitoring.unregister_event_duration_listener(self._on_duration)
 
-    def _on_duration(self, event: str, duration_s: float, **details: Any) -> None:
-        if event != _COMPILED or getattr(_expecting, "depth", 0):
+    def _on_duration(self, event: str, duration_secs: float, **details: str | int) -> None:
+        if event != _COMPILED or getattr(_expecting, "now", False):
             return
         self.count += 1
         log.warning(
             "COMPILATION WHILE SERVING: %s took %.0f ms; everything waited for it (%d since start-up)",
             details.get("fun_name", "a program"),
-            duration_s * 1e3,
+            duration_secs * 1e3,
             self.count,
         )

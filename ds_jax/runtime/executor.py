@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -93,7 +95,7 @@ class InProcessExecutor:
         keep_compiled_programs(config.engine.compilation_cache)
         devices = list(jax.devices() if devices is None else devices)
         sites = mesh.sites(config, self.arch, devices)
-        dtype = config.model.dtype
+        dtype: str = config.model.dtype
         if dtype == "auto":
             dtype = "float32" if devices[0].platform == "cpu" else self.checkpoint.dtype
         number_type = jnp.dtype(dtype)
@@ -139,13 +141,17 @@ class InProcessExecutor:
             )
 
     def _compile(self, progress: bool) -> None:
-        jobs = []
+        jobs: list[Callable[[], None]] = []
         for instance in self._instances:
             sends = {route.cut for (i, _), route in self._routes.items() if i == instance.id}
             receives = {route.cut for (_, j), route in self._routes.items() if j == instance.id}
             jobs.extend(instance.compilations(sends, receives))
-        for job in tqdm(jobs, "compile programs", disable=not progress):
-            job()
+        # XLA compiles without the interpreter's lock, so that threads use all cores.
+        bar = tqdm(total=len(jobs), desc="compile programs", disable=not progress)
+        with bar, ThreadPoolExecutor(os.cpu_count(), "compile") as threads:
+            for compiled in as_completed([threads.submit(job) for job in jobs]):
+                compiled.result()
+                bar.update()
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -197,9 +203,9 @@ class InProcessExecutor:
         try:
             route = self._route(source, destination)
             pieces = self._instances[source.instance].send(route, [here for here, _ in copy.pages])
-        except Exception:
+        except Exception as error:
             log.exception("copy %d could not be started", copy.id)
-            self._soon(self._answer_copy, copy, False)
+            self._soon(self._lose_unreadable, copy, _why(error))
             return
         self._copies[copy.id] = CopyInFlight(copy, route, pieces)
         self._landings[source.instance].put(self._await_copy, copy.id, pieces)
@@ -248,16 +254,26 @@ class InProcessExecutor:
             jax.block_until_ready(pieces)
         except Exception as error:
             log.error("copy %d failed: %s", copy_id, _why(error))
-            self._soon(self._land_copy, copy_id, False)
+            self._soon(self._fail_copy, copy_id, _why(error))
         else:
-            self._soon(self._land_copy, copy_id, True)
+            self._soon(self._land_copy, copy_id)
 
-    def _land_copy(self, copy_id: int, landed: bool) -> None:
+    def _fail_copy(self, copy_id: int, why: str) -> None:
+        flight = self._copies.pop(copy_id, None)
+        if flight is not None:
+            self._lose_unreadable(flight.copy, why)
+
+    def _lose_unreadable(self, copy: Copy, why: str) -> None:
+        """Pages that cannot be read are gone: asked for again they would fail again, for ever."""
+        self._lose(copy.source.instance, copy.source.epoch, why)
+        self._answer_copy(copy, False)
+
+    def _land_copy(self, copy_id: int) -> None:
         flight = self._copies.pop(copy_id, None)
         if flight is None:
             return  # an end was lost, and the copy answered, before it landed
         copy = flight.copy
-        if landed and flight.wanted:
+        if flight.wanted:
             try:
                 pages = [there for _, there in copy.pages]
                 self._instances[copy.destination.instance].receive(
@@ -268,7 +284,7 @@ class InProcessExecutor:
                 self._answer_copy(copy, False)
                 self._lose(copy.destination.instance, copy.destination.epoch, _why(error))
                 return
-        self._answer_copy(copy, landed)
+        self._answer_copy(copy, True)
 
     def _answer_copy(self, copy: Copy, ok: bool) -> None:
         if self._living(*copy.source[:2]) or self._living(*copy.destination[:2]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +39,7 @@ class Instance:
 
     Args:
         id: the instance's number.
-        site_role, group: what it is for.
+        role: what it is for.
         model: how it runs the model.
         shapes: what its programs are compiled for.
     """
@@ -54,47 +55,36 @@ class Instance:
         self._resident: dict[int, Resident] = {}
         self._unfinished: set[int] = set()
         """Sequences of which a series of copies has not ended."""
-        self._prefill: dict[int, Program] = {}
-        self._decode: Program | None = None
-        self._edit: dict[int, Program] = {}
-        self._gather: dict[tuple[Cut, int], Program] = {}
-        self._insert: dict[tuple[Cut, int], Program] = {}
-        self._fresh_pool: Program | None = None
-        self._fresh_state: Program | None = None
+        self._programs: dict[Any, Program] = {}
 
     # --- start-up -----------------------------------------------------------------------------------------------------
 
     def compilations(self, sends: set[Cut], receives: set[Cut]) -> Iterator[Callable[[], None]]:
         """Jobs that compile all programs of this instance, one program each."""
-        model, shapes = self.model, self.shapes
-
-        def put(store: dict[Any, Program], key: Any, build: Callable[[], Program]) -> Callable[[], None]:
-            return lambda: store.__setitem__(key, build())
-
-        single = self.__dict__
-        yield put(single, "_fresh_pool", lambda: programs.fresh_pool(model, shapes))
+        shapes = self.shapes
+        yield partial(self._build, "fresh pool", programs.fresh_pool)
         for size in shapes.token_buckets:
-            yield put(self._prefill, size, lambda size=size: programs.prefill(model, shapes, size))
+            yield partial(self._build, ("prefill", size), programs.prefill, size)
         if shapes.slots:
-            yield put(single, "_fresh_state", lambda: programs.fresh_state(model, shapes))
-            yield put(single, "_decode", lambda: programs.decode(model, shapes))
+            yield partial(self._build, "fresh state", programs.fresh_state)
+            yield partial(self._build, "decode", programs.decode)
         for size in shapes.edit_buckets:
-            yield put(self._edit, size, lambda size=size: programs.edit(model, shapes, size))
-        for build, cuts, store in (
-            (handover.gather, sends, self._gather),
-            (handover.insert, receives, self._insert),
-        ):
-            for cut in sorted(cuts, key=lambda cut: (cut.source, cut.destination)):
-                for size in shapes.page_buckets:
-                    yield put(store, (cut, size), lambda b=build, cut=cut, size=size: b(model, shapes, cut, size))
+            yield partial(self._build, ("edit", size), programs.edit, size)
+        for size in shapes.page_buckets:
+            for cut in sends:
+                yield partial(self._build, ("gather", cut, size), handover.gather, cut, size)
+            for cut in receives:
+                yield partial(self._build, ("insert", cut, size), handover.insert, cut, size)
+
+    def _build(self, key: Any, builder: Callable[..., Program], *sizes: Any) -> None:
+        self._programs[key] = builder(self.model, self.shapes, *sizes)
 
     def begin_life(self) -> None:
         """Fresh memory: an empty pool, empty slots, no sequence known."""
         self.end_life()
-        assert self._fresh_pool is not None
-        self.pool = self._fresh_pool()
-        if self._fresh_state is not None:
-            self.state = self._fresh_state()
+        self.pool = self._programs["fresh pool"]()
+        if self.shapes.slots:
+            self.state = self._programs["fresh state"]()
 
     def end_life(self) -> None:
         """Let go of all memory but the weights."""
@@ -127,11 +117,10 @@ class Instance:
                 self.tables[sequence].extend(new_pages)
             chunks.append(Chunk(sequences[sequence], start, length, samples, self.tables[sequence]))
         bucket, packed = programs.pack_prefill(self.shapes, chunks)
-        self.pool, tokens = self._prefill[bucket](self.params, self.pool, packed)
+        self.pool, tokens = self._programs["prefill", bucket](self.params, self.pool, packed)
         return Result(tokens, [(prefill.sequence, row) for row, prefill in enumerate(prefills) if prefill.samples])
 
     def _run_decodes(self, decodes: Sequence[protocol.Decode], sequences: Mapping[int, TokenSequence]) -> Result:
-        assert self._decode is not None, "an instance of this role has no decode program"
         edits, before, rows = Edits(self.shapes), self._resident, []
         self._resident = {}
         for sequence, slot, new_pages in decodes:
@@ -150,8 +139,8 @@ class Instance:
         for slot in before:
             edits.leave(slot)
         if (packed := edits.pack()) is not None:
-            self.state = self._edit[packed[0]](self.state, packed[1])
-        self.pool, self.state, tokens = self._decode(self.params, self.pool, self.state)
+            self.state = self._programs["edit", packed[0]](self.state, packed[1])
+        self.pool, self.state, tokens = self._programs["decode"](self.params, self.pool, self.state)
         return Result(tokens, rows)
 
     def forget(self, sequence: int) -> None:
@@ -164,13 +153,13 @@ class Instance:
     def send(self, route: Route, pages: Sequence[int]) -> list[jax.Array]:
         """Start these pages on their way; returns the pieces that will land at the other end."""
         bucket = bucket_for(len(pages), self.shapes.page_buckets, "pages in one copy")
-        return route.send(self._gather[route.cut, bucket](self.pool, handover.pad(pages, bucket, 0)))
+        return route.send(self._programs["gather", route.cut, bucket](self.pool, handover.pad(pages, bucket, 0)))
 
     def receive(self, route: Route, sequence: int, pages: Sequence[int], pieces: list[jax.Array], last: bool) -> None:
         """Put landed pieces into these pages, and the pages into the sequence's table."""
         bucket = bucket_for(len(pages), self.shapes.page_buckets, "pages in one copy")
         padded = handover.pad(pages, bucket, self.shapes.pages)
-        self.pool = self._insert[route.cut, bucket](self.pool, padded, route.assemble(pieces))
+        self.pool = self._programs["insert", route.cut, bucket](self.pool, padded, route.assemble(pieces))
         if sequence in self._unfinished:
             self.tables[sequence].extend(pages)
         else:

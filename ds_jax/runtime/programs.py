@@ -28,7 +28,7 @@ from ds_jax.runtime.pool import Pool, abstract_pool
 from ds_jax.runtime.sequence import Sequence as TokenSequence
 from ds_jax.runtime.shapes import Shapes, bucket_for
 from models.sharding import POOL_AXES, TENSOR, spec_of
-from models.transformer import Params, partition_specs
+from models.transformer import Params, Transformer, partition_specs
 
 Program = Callable[..., Any]
 EVERYWHERE = PartitionSpec()
@@ -56,7 +56,7 @@ class Model:
 
     def run(
         self, params: Params, pool: Pool, tokens: Array, positions: Array, slots: Array, attention: Program
-    ) -> tuple[nnx.Module, Float[Array, "T E"], Pool]:
+    ) -> tuple[Transformer, Float[Array, "T E"], Pool]:
         """Module, hidden states of the tokens, and the pool with their keys and values written to `slots`."""
         model = nnx.merge(self.graphdef, params)
         k, v = list(pool["k"]), list(pool["v"])
@@ -106,11 +106,13 @@ class Prefill(NamedTuple):
         return 3 * tokens + shapes.rows * (4 + sampling.COLUMNS + shapes.table_pages)
 
     @staticmethod
-    def of(packed: Any, shapes: Shapes, tokens: int) -> Prefill:
+    def of(packed: Any, shapes: Shapes, count: int) -> Prefill:
         """The parts of a packed array, of numpy (views, to fill in) or jax."""
-        per_token = packed[: 3 * tokens].reshape(3, tokens)
-        rows = packed[3 * tokens :].reshape(shapes.rows, -1)
-        return Prefill(*per_token, *rows[:, :4].T, rows[:, 4 : 4 + sampling.COLUMNS], rows[:, 4 + sampling.COLUMNS :])
+        rows = packed[3 * count :].reshape(shapes.rows, -1)
+        tokens, positions, slots = packed[: 3 * count].reshape(3, count)
+        chosen_by, table = rows[:, 4 : 4 + sampling.COLUMNS], rows[:, 4 + sampling.COLUMNS :]
+        starts, lengths, contexts, samples = rows[:, :4].T
+        return Prefill(tokens, positions, slots, starts, lengths, contexts, samples, chosen_by, table)
 
 
 def pack_prefill(shapes: Shapes, chunks: Sequence[Chunk]) -> tuple[int, np.ndarray]:

@@ -30,7 +30,7 @@ class Sampling(NamedTuple):
     """0 keeps all."""
     seed: UInt[Array, "B 2"]
     """High and low word."""
-    index: Int[Array, " B"]
+    sequence: Int[Array, " B"]
     """Which of its request's sequences a row is."""
 
 
@@ -124,7 +124,7 @@ def _largest(holds: Callable[[Array], Array], rows: Array) -> UInt[Array, "B 1"]
 def _perturb(scores: Float[Array, "B V"], sampling: Sampling, positions: Array, rows: Array) -> Float[Array, "B V"]:
     """Scores plus Gumbel noise, of a stream of random numbers per sequence that is read at (position, token)."""
     high, low = (word[:, None] for word in sampling.seed.T)
-    key = threefry((high, low), (jnp.zeros_like(high), sampling.index[:, None].astype(jnp.uint32)))
+    key = threefry((high, low), (jnp.zeros_like(high), sampling.sequence[:, None].astype(jnp.uint32)))
     key = lax.optimization_barrier(key)  # XLA would make it again for every token
     tokens = lax.broadcasted_iota(jnp.uint32, scores.shape, 1)
     first, second = threefry(key, (positions[:, None].astype(jnp.uint32), tokens))

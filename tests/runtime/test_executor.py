@@ -1,28 +1,309 @@
-"""Steps and copies against the oracle's tokens, whatever the tensor parallelism of the two phases."""
+"""Steps and copies on real devices: the same tokens however they are cut, batched, moved and replayed."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 
-from ds_jax.config import CacheConfig, Config, DecodeConfig, ModelConfig, PrefillConfig
-from tests.goldens import CASES, Golden
-from tests.runtime.harness import bench
+from ds_jax.config import CacheConfig, Config, DecodeConfig, MixedConfig, ModelConfig, PrefillConfig
+from ds_jax.protocol import Copy, Decode, Medium, Place, Prefill, Role, pages_for
+from ds_jax.runtime.executor import InProcessExecutor
+from ds_jax.runtime.instance import Result
+from ds_jax.runtime.sequence import Sequence
+from ds_jax.sampling import SamplingParams
+from tests.goldens import CASES
+from tests.runtime.harness import Bench, bench, write_config
+
+GOLDEN = CASES[0]
+SAMPLED = SamplingParams(temperature=1.3, top_k=40, top_p=0.95)
+PROMPTS = [[5, 6, 7], list(range(20, 57)), [9] * 11, [3]]
 
 
-def config_for(path: str, prefill_tp: int = 1, decode_tp: int = 1, **model: object) -> Config:
+def config_for(prefill_tp: int = 1, decode_tp: int = 1, mixed: int = 0) -> Config:
+    sizes: dict[str, Any] = {"max_step_tokens": 64, "max_step_sequences": 4, "token_buckets": (16, 64)}
     return Config(
-        model=ModelConfig(path=path, **model),
-        prefill=PrefillConfig(tp=prefill_tp, max_step_tokens=64, max_step_sequences=4, token_buckets=(16, 64)),
+        model=ModelConfig(path=str(GOLDEN.folder)),
+        prefill=PrefillConfig(tp=prefill_tp, **sizes),
         decode=DecodeConfig(tp=decode_tp, slots=4),
-        cache=CacheConfig(page_size=4, num_pages=64),
+        mixed=MixedConfig(instances=mixed, slots=4, **sizes),
+        cache=CacheConfig(page_size=4, num_pages=2048),
     )
 
 
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Bench]:
+    """One executor for all tests that leave it as it was."""
+    with bench(config_for(decode_tp=2, mixed=1)) as b:
+        yield b
+        assert b.executor.compilations.count == 0, "something compiled while serving"
+
+
+@pytest.fixture(scope="module")
+def alone(shared: Bench) -> list[list[int]]:
+    """What each prompt generates alone, sampled."""
+    return [shared.generate(shared.add(prompt, SAMPLED, seed=i), 8) for i, prompt in enumerate(PROMPTS)]
+
+
+def pull(b: Bench, sequence: Sequence) -> int:
+    """Prefill and hand over; returns the pages it has at the decode instance."""
+    here = b.prefill(sequence, b.of(Role.PREFILL).id)
+    return len(b.finish_copy(b.start_copy(sequence, b.of(Role.PREFILL).id, here, b.of(Role.DECODE).id)))
+
+
 @pytest.mark.parametrize("prefill_tp, decode_tp", [(1, 1), (2, 1), (1, 4), (4, 2)])
-@pytest.mark.parametrize("golden", CASES[:1], ids=lambda golden: golden.name)
-def test_greedy_tokens_are_those_of_the_oracle(golden: Golden, prefill_tp: int, decode_tp: int):
-    with bench(config_for(str(golden.folder), prefill_tp, decode_tp)) as b:
-        for answer in golden.answers():
-            tokens = b.generate(b.add(answer.prompt), len(answer.tokens), slot=2)
-            assert answer.agrees(tokens)
+def test_tokens_are_the_oracles_and_do_not_depend_on_tp(prefill_tp: int, decode_tp: int, alone: list[list[int]]):
+    with bench(config_for(prefill_tp, decode_tp)) as b:
+        for answer in GOLDEN.answers():
+            assert answer.agrees(b.generate(b.add(answer.prompt), len(answer.tokens), slot=2))
+        for i, prompt in enumerate(PROMPTS):
+            assert b.generate(b.add(prompt, SAMPLED, seed=i), 8) == alone[i]
         assert b.executor.compilations.count == 0
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 10])
+def test_a_prompt_in_chunks_gives_the_same_tokens(shared: Bench, alone: list[list[int]], chunk: int):
+    sequence = shared.add(PROMPTS[1][:], SAMPLED, seed=1)
+    shared.prefill(sequence, shared.of(Role.PREFILL).id, chunk)
+    assert sequence.output == alone[1][:1]
+
+
+def test_prompts_in_one_step_give_the_same_tokens(shared: Bench, alone: list[list[int]]):
+    instance = shared.of(Role.PREFILL)
+    sequences = [shared.add(prompt, SAMPLED, seed=i) for i, prompt in enumerate(PROMPTS)]
+    prefills = tuple(
+        Prefill(s.id, 0, len(s), True, shared.pages(instance.id, pages_for(len(s), instance.page_size)))
+        for s in sequences
+    )
+    shared.finish(shared.run(instance.id, prefills))
+    assert [sequence.output for sequence in sequences] == [tokens[:1] for tokens in alone]
+
+
+def test_sequences_that_join_and_leave_a_running_batch_do_not_disturb_each_other(shared: Bench, alone: list[list[int]]):
+    decode = shared.of(Role.DECODE).id
+    sequences = [shared.add(prompt, SAMPLED, seed=i) for i, prompt in enumerate(PROMPTS)]
+    have = {sequence.id: pull(shared, sequence) for sequence in sequences}
+    a, b, c, d = sequences
+    # Two steps in flight throughout; b leaves for good, c takes its slot in the very next step, d leaves and returns.
+    first = [{0: a, 1: b}, {0: a, 1: b, 3: d}, {0: a, 1: c}, {0: a, 1: c}, {0: a, 1: c}, {0: a, 2: d}, {2: d}]
+    flying: list[tuple[int, dict[int, Sequence]]] = []
+    done = dict.fromkeys(have, 0)
+
+    def ahead(sequence: Sequence) -> int:
+        return sum(sequence in slots.values() for _, slots in flying)
+
+    for slots in first:
+        # A sequence that comes (back) needs its newest token on the host.
+        while len(flying) == 2 or any(ahead(s) and (slot, s) not in flying[-1][1].items() for slot, s in slots.items()):
+            shared.finish(flying.pop(0)[0])
+        decodes = []
+        for slot, sequence in slots.items():
+            missing = pages_for(len(sequence) + ahead(sequence), 4) - have[sequence.id]
+            decodes.append(Decode(sequence.id, slot, shared.pages(decode, missing) if missing > 0 else ()))
+            have[sequence.id] += max(missing, 0)
+            done[sequence.id] += 1
+        flying.append((shared.run(decode, decodes=tuple(decodes)), slots))
+    for step, _ in flying:
+        shared.finish(step)
+    assert [s.output for s in sequences] == [t[: 1 + done[s.id]] for s, t in zip(sequences, alone, strict=True)]
+
+
+def test_a_replay_continues_where_the_sequence_was(shared: Bench, alone: list[list[int]]):
+    for known in (1, 3):
+        sequence = shared.add(PROMPTS[1], SAMPLED, seed=1)
+        sequence.output.extend(alone[1][:known])
+        have = {sequence.id: pull(shared, sequence)}
+        shared.finish(shared.decode({0: sequence}, shared.of(Role.DECODE).id, have))
+        assert sequence.output == alone[1][: known + 2]
+
+
+def test_a_sequence_replayed_into_the_slot_it_was_in_starts_from_its_new_pages(shared: Bench, alone: list[list[int]]):
+    decode, sequence = shared.of(Role.DECODE).id, shared.add(PROMPTS[1], SAMPLED, seed=1)
+    for _ in range(2):
+        have = {sequence.id: pull(shared, sequence)}
+        shared.finish(shared.decode({0: sequence}, decode, have))
+        shared.finish(shared.decode({0: sequence}, decode, have))
+    assert sequence.output == alone[1][:6]
+
+
+def test_a_mixed_instance_prefills_and_decodes_in_one_step(shared: Bench, alone: list[list[int]]):
+    mixed = shared.of(Role.MIXED).id
+    first, second = (shared.add(PROMPTS[i], SAMPLED, seed=i) for i in (0, 1))
+    have = {first.id: len(shared.prefill(first, mixed))}
+    pages = shared.pages(mixed, pages_for(len(second), 4))
+    missing = pages_for(len(first), 4) - have[first.id]
+    step = shared.run(
+        mixed,
+        (Prefill(second.id, 0, len(second), True, pages),),
+        (Decode(first.id, 3, shared.pages(mixed, missing) if missing else ()),),
+    )
+    assert shared.finish(step).keys() == {first.id, second.id}
+    assert (first.output, second.output) == (alone[0][:2], alone[1][:1])
+
+
+def test_a_prefill_that_does_not_sample_emits_nothing(shared: Bench):
+    sequence = shared.add([1, 2, 3])
+    pages = shared.pages(0, 1)
+    assert shared.finish(shared.run(0, (Prefill(sequence.id, 0, 2, False, pages),))) == {}
+    assert shared.finish(shared.run(0)) == {}
+
+
+def test_a_series_of_copies_brings_a_prompt_page_by_page(shared: Bench, alone: list[list[int]]):
+    source, destination = shared.of(Role.PREFILL).id, shared.of(Role.DECODE).id
+    sequence = shared.add(PROMPTS[1], SAMPLED, seed=1)
+    here = shared.prefill(sequence, source)
+    cuts = [here[:3], here[3:4], here[4:]]
+    copies = [shared.start_copy(sequence, source, part, destination, last=part is cuts[-1]) for part in cuts]
+    have = {sequence.id: sum(len(shared.finish_copy(copy)) for copy in copies)}
+    shared.finish(shared.decode({1: sequence}, destination, have))
+    assert sequence.output == alone[1][:2]
+
+
+def test_source_pages_may_be_overwritten_by_steps_that_follow_a_copy(shared: Bench, alone: list[list[int]]):
+    """The gather has been dispatched; later programs on the source wait for it."""
+    source, destination = shared.of(Role.PREFILL), shared.of(Role.DECODE).id
+    sequence, other = shared.add(PROMPTS[1], SAMPLED, seed=1), shared.add([8] * 40)
+    here = shared.prefill(sequence, source.id)
+    copy = shared.start_copy(sequence, source.id, here, destination)
+    shared.run(source.id, (Prefill(other.id, 0, 40, True, tuple(here)),))
+    have = {sequence.id: len(shared.finish_copy(copy))}
+    shared.finish(shared.decode({1: sequence}, destination, have))
+    assert sequence.output == alone[1][:2]
+
+
+def test_a_forgotten_sequence_leaves_nothing_behind(shared: Bench):
+    source, destination = shared.of(Role.PREFILL).id, shared.of(Role.DECODE).id
+    sequence = shared.add(PROMPTS[0])
+    copy = shared.start_copy(sequence, source, shared.prefill(sequence, source), destination)
+    shared.executor.forget(sequence.id)
+    shared.finish_copy(copy)
+    assert not any(sequence.id in instance.tables for instance in shared.executor._instances)
+
+
+def test_copies_that_cannot_be_are_answered_once(shared: Bench):
+    source, destination = shared.of(Role.PREFILL), shared.of(Role.DECODE)
+    here, there = Place(source.id, source.epoch), Place(destination.id, destination.epoch)
+    wrong = [
+        (Place(source.id, source.epoch + 1), there),
+        (here, Place(destination.id, destination.epoch + 1)),
+        (there, here),
+        (here, there._replace(medium=Medium.HOST)),
+    ]
+    for number, ends in enumerate(wrong):
+        shared.executor.copy(Copy(-1 - number, 0, *ends, ((0, 0),)))
+        shared.wait(lambda number=number: -1 - number in shared.copies)
+    assert [shared.copies[-1 - number] for number in range(4)] == [False] * 4
+    shared.executor.copy(Copy(-9, 0, *(Place(i, 99) for i in (0, 1)), ((0, 0),)))
+    shared.turn()
+    assert -9 not in shared.copies
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fragile(tmp_path: Any) -> Iterator[Bench]:
+    config = Config(
+        model=ModelConfig(path=write_config(tmp_path), load_format="dummy"),
+        prefill=PrefillConfig(max_step_tokens=32, max_step_sequences=2),
+        decode=DecodeConfig(slots=2),
+        cache=CacheConfig(page_size=8, num_pages=64),
+    )
+    with bench(config) as b:
+        yield b
+
+
+def fail(*_: Any) -> Any:
+    raise RuntimeError("the device caught fire\nin many places")
+
+
+def break_dispatch(b: Bench, instance: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(b.executor._instances[instance], "run", fail)
+
+
+class Unreadable:
+    """Tokens that a device never computed."""
+
+    copy_to_host_async = lambda self: None  # noqa: E731
+    __array__ = fail
+
+
+def break_results(b: Bench, instance: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(b.executor._instances[instance], "run", lambda *_: [Result(Unreadable(), [(0, 0)])])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("break_", [break_dispatch, break_results])
+def test_a_lost_instance_comes_back_empty_and_works(fragile: Bench, monkeypatch: pytest.MonkeyPatch, break_: Any):
+    b = fragile
+    expected = b.generate(b.add([1, 2, 3]), 5)
+    with monkeypatch.context() as broken:
+        break_(b, 0, broken)
+        step = b.run(0, (Prefill(0, 0, 3, True, b.pages(0, 1)),))
+        late = b.run(0)
+        b.wait(lambda: ("up", 0, 1) in b.heard)
+    b.run(1)  # the living answer still
+    b.wait(lambda: b.heard[-1][0] == "step")
+    assert ("lost", 0, 0) in b.heard and step not in b.steps and late not in b.steps
+    assert b.generate(b.add([1, 2, 3]), 5) == expected
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_copies_of_a_lost_instance_fail_once_and_are_never_inserted(
+    fragile: Bench, monkeypatch: pytest.MonkeyPatch, lost: int
+):
+    b = fragile
+    sequence = b.add([1, 2, 3])
+    copy = b.start_copy(sequence, 0, b.prefill(sequence, 0), 1)
+    b.executor._lose(lost, 0, "for the test")
+    assert b.heard[-3:] == [("lost", lost, 0), ("copy", copy.id, False), ("up", lost, 1)]
+    b.finish(b.run(0))  # whatever the copy's reader had to say has been said
+    b.executor._landings[0].close()
+    while not b.calls.empty():
+        b.turn()
+    assert sequence.id not in b.executor._instances[1].tables
+
+
+def test_an_instance_that_fails_again_and_again_stays_lost(fragile: Bench, monkeypatch: pytest.MonkeyPatch):
+    b = fragile
+    break_dispatch(b, 0, monkeypatch)
+    for epoch in range(4):
+        assert b.instances[0].epoch == epoch
+        b.run(0)
+        b.wait(lambda epoch=epoch: ("lost", 0, epoch) in b.heard)
+    assert [event for event in b.heard if event[0] == "up"] == [("up", 0, 1), ("up", 0, 2), ("up", 0, 3)]
+
+
+def test_a_good_step_in_between_gives_an_instance_all_its_lives_again(fragile: Bench, monkeypatch: pytest.MonkeyPatch):
+    b = fragile
+    for epoch in range(6):
+        b.finish(b.run(0))
+        with monkeypatch.context() as broken:
+            break_dispatch(b, 0, broken)
+            b.run(0)
+            b.wait(lambda epoch=epoch: ("up", 0, epoch + 1) in b.heard)
+
+
+def test_closing_ends_all_threads_and_may_come_at_any_time(fragile: Bench):
+    before = threading.active_count()
+    sequence = fragile.add([1, 2, 3])
+    here = fragile.prefill(sequence, 0)
+    fragile.start_copy(sequence, 0, here, 1)
+    fragile.run(0, (Prefill(sequence.id, 0, 3, True, tuple(here)),))
+    fragile.executor.close()
+    fragile.executor.close()
+    assert threading.active_count() == before - 3
+    while not fragile.calls.empty():
+        fragile.turn()
+    assert not fragile.executor._instances[0].pool
+
+
+def test_an_executor_that_was_never_started_can_be_closed(tmp_path: Any):
+    config = Config(
+        model=ModelConfig(path=write_config(tmp_path), load_format="dummy"),
+        prefill=PrefillConfig(max_step_tokens=32, max_step_sequences=2),
+        decode=DecodeConfig(slots=2),
+        cache=CacheConfig(page_size=8, num_pages=64),
+    )
+    InProcessExecutor(config, progress=False).close()
