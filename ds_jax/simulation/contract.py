@@ -1,0 +1,424 @@
+"""The contract between schedulers and executors, checked against a model of pages that trusts neither.
+
+`Contract` hears what a scheduler hears and answers, and keeps its own table of who owns which page and what is in
+flight. It knows nothing of a scheduler's ledger. The simulator runs under it in strict mode, the tests' machine always,
+and a recorded log of the engine can be read through it.
+
+A page is owned by the page table that it was last given to. A step reads and writes the pages of its sequence's table
+up to its last position; a copy reads its source pages and writes its destination pages; both pin them from the command
+to the completion. Giving away a pinned page is an error at once. Giving away a page of a living sequence is not (it may
+have been preempted), but then that table must never be used again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ds_jax.protocol import (
+    Arrived,
+    Command,
+    Copy,
+    CopyDone,
+    Decode,
+    Event,
+    Instance,
+    InstanceLost,
+    InstanceUp,
+    Medium,
+    Place,
+    Prefill,
+    Reject,
+    Request,
+    Role,
+    Run,
+    Step,
+    StepDone,
+    Stopped,
+    pages_for,
+)
+
+STEPS_PER_LANE = 2
+
+
+class Violation(AssertionError):
+    """The contract was broken; the message says by whom and how."""
+
+
+@dataclass(eq=False, slots=True)
+class Table:
+    """One sequence's pages on one life of an instance, in order of position."""
+
+    sequence: Sequence
+    life: Life
+    pages: list[int] = field(default_factory=list)
+    planned: int = 0
+    """Tokens whose KV is in the pages, or will be when what is in flight is done."""
+    written: int = 0
+    """Tokens whose KV is in the pages."""
+    unusable: str = ""
+    """Why no step or copy may name this table any more."""
+    source: Table | None = None
+    """Where a series of copies into this table comes from, until its last copy."""
+    landing: int = 0
+    """Copies into this table in flight."""
+
+
+@dataclass(eq=False, slots=True)
+class Life:
+    """One epoch of an instance."""
+
+    instance: Instance
+    owner: list[Table | None]
+    pins: list[int]
+    lanes: list[deque[Step]]
+    tables: set[Table] = field(default_factory=set)
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    request: Request
+    confirmed: int = 0
+    """Output tokens that were kept."""
+    sampling: int = 0
+    """Output tokens that steps in flight will sample."""
+    steps: list[int] = field(default_factory=list)
+    """Steps in flight that name it, in the order of their commands."""
+    last: tuple[Life, int, int] | None = None
+    """Life, lane and slot (-1 for a prefill) of the step that sampled or will sample its newest token."""
+    over: bool = False
+    """It has ended, and the scheduler knows."""
+    tables: dict[int, Table] = field(default_factory=dict)
+    """Its page table on each instance."""
+
+
+@dataclass(eq=False, slots=True)
+class StepInFlight:
+    life: Life
+    step: Step
+    uses: list[tuple[Table, int, int, bool]]
+    """Table, pages pinned from its start, tokens written when done, whether it samples."""
+
+
+@dataclass(eq=False, slots=True)
+class CopyInFlight:
+    copy: Copy
+    sequence: Sequence
+    source: Life | None
+    destination: Life | None
+    table: Table
+
+
+class Contract:
+    """Raises `Violation` at the first event or command that breaks the protocol."""
+
+    def __init__(self) -> None:
+        self.now_ns: int | None = None
+        self.sequences: dict[int, Sequence] = {}
+        self.lives: dict[int, Life] = {}
+        self.steps: dict[int, StepInFlight] = {}
+        self.copies: dict[int, CopyInFlight] = {}
+        self._epochs: dict[int, int] = {}
+
+    def hear(self, event: Event, commands: Iterable[Command], now_ns: int) -> None:
+        """One call of `Scheduler.handle` and its answer."""
+        if self.now_ns is not None and now_ns < self.now_ns:
+            raise Violation(f"the clock went back from {self.now_ns} to {now_ns} at {event}")
+        self.now_ns = now_ns
+        self._event(event)
+        for command in commands:
+            match command:
+                case Run(step):
+                    self._run(step)
+                case Copy():
+                    self._copy(command)
+                case Reject(sequence):
+                    if self._sequence(sequence, command).over:
+                        raise Violation(f"{command}: the sequence is over already")
+                    self._over(self.sequences[sequence])
+
+    def living(self) -> list[Sequence]:
+        """Sequences that have arrived and not ended, oldest first."""
+        return [sequence for sequence in self.sequences.values() if not sequence.over]
+
+    def needed(self, instance: int) -> set[int]:
+        """Pages of a living instance that must not be free: something in flight names them."""
+        return {page for page, pins in enumerate(self.lives[instance].pins) if pins}
+
+    def accounted(self, instance: int) -> set[int]:
+        """Pages of a living instance that may be held while nothing is in flight on it: those of living sequences."""
+        owners = enumerate(self.lives[instance].owner)
+        return {page for page, table in owners if table and not table.sequence.over}
+
+    def quiet(self, instance: int) -> bool:
+        """Whether nothing is in flight on a living instance."""
+        life = self.lives[instance]
+        copies = self.copies.values()
+        return not any(life.lanes) and not any(life in (copy.source, copy.destination) for copy in copies)
+
+    # --- events: what an executor owes --------------------------------------------------------------------------------
+
+    def _event(self, event: Event) -> None:
+        match event:
+            case StepDone():
+                self._step_done(event)
+            case CopyDone(copy, ok):
+                self._copy_done(copy, ok)
+            case Arrived(request):
+                if request.id in self.sequences:
+                    raise Violation(f"{event}: a sequence of this id has arrived before")
+                self.sequences[request.id] = Sequence(request)
+            case Stopped(sequence):
+                if (stopped := self.sequences.get(sequence)) is not None:
+                    self._over(stopped)
+            case InstanceUp(instance):
+                self._up(instance)
+            case InstanceLost(instance, epoch):
+                self._lost(instance, epoch)
+
+    def _up(self, instance: Instance) -> None:
+        if instance.id in self.lives:
+            raise Violation(f"instance {instance.id} comes up while its epoch {self._epochs[instance.id]} lives")
+        if instance.epoch <= self._epochs.get(instance.id, -1):
+            raise Violation(f"instance {instance.id} comes up with the used epoch {instance.epoch}")
+        self._epochs[instance.id] = instance.epoch
+        lanes: list[deque[Step]] = [deque() for _ in range(instance.lanes)]
+        self.lives[instance.id] = Life(instance, [None] * instance.pages, [0] * instance.pages, lanes)
+
+    def _lost(self, instance: int, epoch: int) -> None:
+        life = self.lives.get(instance)
+        if life is None or life.instance.epoch != epoch:
+            return
+        del self.lives[instance]
+        for table in life.tables:
+            table.unusable = f"instance {instance} was lost"
+            if table.sequence.tables.get(instance) is table:
+                del table.sequence.tables[instance]
+        for id, flight in list(self.steps.items()):
+            if flight.life is life:
+                del self.steps[id]
+                for table, _, _, samples in flight.uses:
+                    table.sequence.steps.remove(id)
+                    table.sequence.sampling -= samples
+        for id, copy in list(self.copies.items()):
+            copy.source = None if copy.source is life else copy.source
+            copy.destination = None if copy.destination is life else copy.destination
+            if copy.source is None and copy.destination is None:
+                del self.copies[id]
+
+    def _step_done(self, event: StepDone) -> None:
+        flight = self.steps.pop(event.step, None)
+        if flight is None:
+            return
+        lane = flight.life.lanes[flight.step.lane]
+        if lane[0] is not flight.step:
+            raise Violation(f"{event}: step {lane[0].id} is ahead of it on instance {flight.step.instance}")
+        lane.popleft()
+        sampled = {table.sequence.request.id for table, _, _, samples in flight.uses if samples}
+        if stray := event.emitted.keys() - sampled:
+            raise Violation(f"{event}: the step samples nothing for sequences {sorted(stray)}")
+        for table, pages, tokens, samples in flight.uses:
+            for page in table.pages[:pages]:
+                flight.life.pins[page] -= 1
+            table.written = max(table.written, tokens)
+            sequence = table.sequence
+            if sequence.steps.pop(0) != event.step:
+                raise Violation(f"{event}: another step that names sequence {sequence.request.id} is ahead of it")
+            if samples:
+                emitted = event.emitted.get(sequence.request.id, 0)
+                if emitted not in (0, 1) or (emitted and sequence.over):
+                    raise Violation(f"{event}: {emitted} tokens kept of sequence {sequence.request.id}, which is over")
+                sequence.sampling -= 1
+                sequence.confirmed += emitted
+                if sequence.confirmed >= sequence.request.max_tokens:
+                    self._over(sequence)
+
+    def _copy_done(self, id: int, ok: bool) -> None:
+        flight = self.copies.pop(id, None)
+        if flight is None:
+            return
+        for life, side in ((flight.source, 0), (flight.destination, 1)):
+            if life is not None:
+                for pair in flight.copy.pages:
+                    life.pins[pair[side]] -= 1
+        table = flight.table
+        table.landing -= 1
+        if not ok:
+            table.unusable = table.unusable or f"copy {id} into it failed"
+        elif flight.destination is None:
+            raise Violation(f"copy {id} landed on a dead epoch of instance {flight.copy.destination.instance}")
+        elif table.source is None and not table.landing:
+            table.written = table.planned
+
+    def _over(self, sequence: Sequence) -> None:
+        sequence.over = True
+        self._forget(sequence, "the sequence is over")
+
+    def _forget(self, sequence: Sequence, why: str) -> None:
+        for table in sequence.tables.values():
+            table.unusable = why
+            table.life.tables.discard(table)
+        sequence.tables.clear()
+
+    # --- commands: what a scheduler owes ------------------------------------------------------------------------------
+
+    def _sequence(self, id: int, what: object) -> Sequence:
+        if id not in self.sequences:
+            raise Violation(f"{what}: sequence {id} never arrived")
+        return self.sequences[id]
+
+    def _life(self, place: Place, what: object) -> Life:
+        life = self.lives.get(place.instance)
+        if life is None or life.instance.epoch != place.epoch:
+            raise Violation(f"{what}: epoch {place.epoch} of instance {place.instance} is not alive")
+        return life
+
+    def _run(self, step: Step) -> None:
+        life = self._life(Place(step.instance, step.epoch), step)
+        instance = life.instance
+        if step.id in self.steps:
+            raise Violation(f"{step}: a step of this id is in flight")
+        if not 0 <= step.lane < instance.lanes:
+            raise Violation(f"{step}: the instance has {instance.lanes} lanes")
+        if len(life.lanes[step.lane]) >= STEPS_PER_LANE:
+            raise Violation(f"{step}: {STEPS_PER_LANE} steps are in flight on this lane already")
+        self._limits(step, instance)
+        uses = [self._prefill(step, life, prefill) for prefill in step.prefills]
+        uses += [self._decode(step, life, decode) for decode in step.decodes]
+        for table, pages, _, samples in uses:
+            table.sequence.steps.append(step.id)
+            table.sequence.sampling += samples
+            for page in table.pages[:pages]:
+                life.pins[page] += 1
+        life.lanes[step.lane].append(step)
+        self.steps[step.id] = StepInFlight(life, step, uses)
+
+    def _limits(self, step: Step, instance: Instance) -> None:
+        named = [work.sequence for work in step.prefills] + [work.sequence for work in step.decodes]
+        if not named or len(set(named)) < len(named):
+            raise Violation(f"{step}: a step names at least one sequence, and none twice")
+        if step.prefills and instance.role is Role.DECODE:
+            raise Violation(f"{step}: prefills on a decode instance")
+        if step.decodes and instance.role is Role.PREFILL:
+            raise Violation(f"{step}: decodes on a prefill instance")
+        if len(step.prefills) > instance.max_step_sequences > 0:
+            raise Violation(f"{step}: more than {instance.max_step_sequences} prompts")
+        if sum(prefill.length for prefill in step.prefills) > instance.max_step_tokens > 0:
+            raise Violation(f"{step}: more than {instance.max_step_tokens} prompt tokens")
+        slots = [decode.slot for decode in step.decodes]
+        if len(set(slots)) < len(slots) or not all(0 <= slot < instance.slots for slot in slots):
+            raise Violation(f"{step}: slots must be distinct and below {instance.slots}")
+
+    def _prefill(self, step: Step, life: Life, prefill: Prefill) -> tuple[Table, int, int, bool]:
+        sequence = self._may_run(step, life, prefill)
+        known = sequence.request.prompt_tokens + sequence.confirmed
+        end = prefill.start + prefill.length
+        if prefill.length < 1 or end > known:
+            raise Violation(f"{step}: {prefill} is not inside the {known} tokens that are known")
+        if prefill.samples != (end == known):
+            raise Violation(f"{step}: {prefill} must sample exactly when it reaches token {known}")
+        if prefill.start == 0:
+            if sequence.steps:
+                raise Violation(f"{step}: {prefill} begins while steps of the sequence are in flight")
+            self._forget(sequence, "the sequence began anew")
+            table = Table(sequence, life)
+            life.tables.add(table)
+            sequence.tables[step.instance] = table
+        else:
+            table = self._table(step, life, sequence)
+        if prefill.start != table.planned:
+            raise Violation(f"{step}: {prefill} starts at {prefill.start}, the tokens before it end at {table.planned}")
+        if sequence.sampling:
+            raise Violation(f"{step}: {prefill} goes on after its last chunk")
+        return self._use(step, life, table, prefill.new_pages, end, prefill.samples, -1)
+
+    def _decode(self, step: Step, life: Life, decode: Decode) -> tuple[Table, int, int, bool]:
+        sequence = self._may_run(step, life, decode)
+        table = self._table(step, life, sequence)
+        if table.landing or table.source is not None:
+            raise Violation(f"{step}: {decode} runs before its pages have landed")
+        outputs = sequence.confirmed + sequence.sampling
+        if outputs >= sequence.request.max_tokens:
+            raise Violation(f"{step}: {decode} goes beyond max_tokens = {sequence.request.max_tokens}")
+        fed = sequence.request.prompt_tokens + outputs - 1
+        if not outputs or table.planned != fed:
+            raise Violation(f"{step}: {decode} feeds token {fed}, the tokens before it end at {table.planned}")
+        if sequence.sampling and (sequence.last != (life, step.lane, decode.slot)):
+            raise Violation(f"{step}: {decode} feeds a token that is in flight elsewhere")
+        return self._use(step, life, table, decode.new_pages, fed + 1, True, decode.slot)
+
+    def _may_run(self, step: Step, life: Life, work: Prefill | Decode) -> Sequence:
+        sequence = self._sequence(work.sequence, step)
+        if sequence.over:
+            raise Violation(f"{step}: sequence {work.sequence} is over")
+        if sequence.request.lockstep and sequence.sampling:
+            raise Violation(f"{step}: sequence {work.sequence} is lockstep, and its last token is not known yet")
+        return sequence
+
+    def _table(self, what: Step | Copy, life: Life, sequence: Sequence) -> Table:
+        table = sequence.tables.get(life.instance.id)
+        if table is None:
+            raise Violation(f"{what}: sequence {sequence.request.id} has no pages on instance {life.instance.id}")
+        if table.unusable:
+            raise Violation(f"{what}: the pages of sequence {sequence.request.id} cannot be used: {table.unusable}")
+        return table
+
+    def _use(
+        self, step: Step, life: Life, table: Table, new: Iterable[int], end: int, samples: bool, slot: int
+    ) -> tuple[Table, int, int, bool]:
+        self._give(step, life, table, new)
+        pages = pages_for(end, life.instance.page_size)
+        if len(table.pages) < pages:
+            raise Violation(f"{step}: {end} tokens of sequence {table.sequence.request.id} in {len(table.pages)} pages")
+        table.planned = end
+        if samples:
+            table.sequence.last = (life, step.lane, slot)
+        return table, pages, end, samples
+
+    def _give(self, what: Step | Copy, life: Life, table: Table, pages: Iterable[int]) -> None:
+        for page in pages:
+            if not 0 <= page < life.instance.pages:
+                raise Violation(f"{what}: page {page} of a pool of {life.instance.pages}")
+            if life.pins[page]:
+                raise Violation(f"{what}: page {page} is given away while something in flight names it")
+            before = life.owner[page]
+            if before is table:
+                raise Violation(f"{what}: page {page} is given twice to sequence {table.sequence.request.id}")
+            if before is not None:
+                before.unusable = f"page {page} was given to sequence {table.sequence.request.id}"
+            life.owner[page] = table
+            table.pages.append(page)
+
+    def _copy(self, copy: Copy) -> None:
+        sequence = self._sequence(copy.sequence, copy)
+        if sequence.over:
+            raise Violation(f"{copy}: the sequence is over")
+        if copy.id in self.copies:
+            raise Violation(f"{copy}: a copy of this id is in flight")
+        if Medium.HOST in (copy.source.medium, copy.destination.medium):
+            raise Violation(f"{copy}: host memory is not modelled yet")
+        source, destination = self._life(copy.source, copy), self._life(copy.destination, copy)
+        origin = self._table(copy, source, sequence)
+        table = sequence.tables.get(copy.destination.instance)
+        if table is None or table.source is None or table.unusable:  # no series is open: a new table begins
+            table = Table(sequence, destination, source=origin)
+            destination.tables.add(table)
+            sequence.tables[copy.destination.instance] = table
+        done, count = len(table.pages), len(copy.pages)
+        if table.source is not origin or [page for page, _ in copy.pages] != origin.pages[done : done + count]:
+            raise Violation(f"{copy}: the source pages must be {origin.pages[done:]} in this order")
+        covered = (done + count) * source.instance.page_size
+        if (copy.last and (origin.written < origin.planned or covered < origin.planned)) or (
+            not copy.last and covered > origin.written
+        ):
+            raise Violation(f"{copy}: {covered} tokens, of {origin.planned} planned and {origin.written} written")
+        self._give(copy, destination, table, [page for _, page in copy.pages])
+        for page, landing in copy.pages:
+            source.pins[page] += 1
+            destination.pins[landing] += 1
+        table.landing += 1
+        if copy.last:
+            table.planned = origin.planned
+            table.source = None
+        self.copies[copy.id] = CopyInFlight(copy, sequence, source, destination, table)

@@ -1,0 +1,307 @@
+"""One more executor: carries a scheduler's commands out in virtual time, on a latency model.
+
+It keeps the contract of `protocol.py` as the engine does: one step at a time on each (instance, lane) with one queued
+behind it, a step starting at its Run or when the one before it is done; a sequence that reaches its true length is
+`Stopped` at the same time as, and directly after, the StepDone that told its last token; steps in flight may still
+name it, and keep no more tokens of it. Copies run side by side with everything.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ds_jax.metrics import RequestTimes, StageClock
+from ds_jax.protocol import (
+    Arrived,
+    Command,
+    Copy,
+    CopyDone,
+    Event,
+    Instance,
+    InstanceLost,
+    InstanceUp,
+    Reject,
+    Run,
+    Scheduler,
+    SetTimer,
+    Step,
+    StepDone,
+    Stopped,
+    Timer,
+)
+from ds_jax.recorder import Log, Recorder
+from ds_jax.simulation.contract import Contract, Violation
+from ds_jax.simulation.latency import LatencyModel
+from ds_jax.workload import Submission
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What came of it."""
+
+    times: dict[int, RequestTimes]
+    """The life of each request, by id."""
+    end_ns: int
+    """Time of the last event."""
+    events: int
+    """Events that the scheduler handled."""
+    steps: dict[int, list[Step]] | None = None
+    """Steps of each instance in the order of their commands, if they were asked for."""
+    log: Log | None = None
+    """All events and commands, if they were asked for."""
+
+
+def simulate(
+    scheduler: Scheduler,
+    instances: Iterable[Instance],
+    requests: Iterable[Submission],
+    latency: LatencyModel,
+    *,
+    events: Iterable[tuple[int, Event]] = (),
+    steps: bool = False,
+    log: bool = False,
+    strict: bool = False,
+) -> Simulation:
+    """Let the scheduler serve the requests on these instances (all up at time 0) to the end.
+
+    Args:
+        events: (at_ns, event) of the world outside: Stopped, InstanceLost, InstanceUp, Drain. At the same time they
+            come before arrivals, and both before the answers to commands.
+        steps: keep all steps.
+        log: record all events and commands.
+        strict: hold the scheduler to every rule of `Contract`, page by page; slower.
+
+    Raises:
+        Violation: the scheduler broke the protocol.
+        RuntimeError: requests are left and nothing will ever happen.
+        ValueError: a request whose output is outside 1 to max_tokens.
+    """
+    recorder = Recorder(2**62) if log else None
+    world = VirtualTime(scheduler, latency, recorder=recorder, keep_steps=steps, strict=strict)
+    world.run([(0, InstanceUp(instance)) for instance in instances] + list(events), requests)
+    living = world.living()
+    if living:
+        raise RuntimeError(f"{len(living)} sequences never end, the oldest is {living[0]}: no event is left")
+    times = {one.sequence: one for one in world.clock.pop_ended()}
+    return Simulation(times, world.now_ns, world.events, world.steps, recorder.log() if recorder else None)
+
+
+class _Lane:
+    """The step that runs and the one queued behind it, with their durations."""
+
+    __slots__ = ("alive", "place", "queued", "running")
+
+    def __init__(self, place: tuple[int, int]):
+        self.place = place
+        """Instance and epoch."""
+        self.alive = True
+        self.running: Step | None = None
+        self.queued: tuple[Step, int] | None = None
+
+
+class VirtualTime:
+    """The executor's state; `run` goes through all events in order of time."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        latency: LatencyModel,
+        *,
+        recorder: Recorder | None = None,
+        keep_steps: bool = False,
+        strict: bool = False,
+    ):
+        self.scheduler = scheduler
+        self.latency = latency
+        self.clock = StageClock()
+        self.now_ns = 0
+        self.events = 0
+        self.steps: dict[int, list[Step]] | None = {} if keep_steps else None
+        self._listeners = [self.clock.hear]
+        if recorder is not None:
+            self._listeners.append(recorder.hear)
+        if strict:
+            self._listeners.insert(0, Contract().hear)
+        self._heap: list[tuple[int, int, Event | _Lane]] = []
+        self._order = 0
+        self._instances: dict[int, Instance] = {}
+        self._lanes: dict[tuple[int, int, int], _Lane] = {}
+        self._copies: dict[int, Copy] = {}
+        self._left: dict[int, int] = {}
+        """Tokens that each living sequence will still give, until its true length."""
+        self._stops: set[int] = set()
+        """Living sequences whose true length is below their max_tokens."""
+        self._context: dict[int, int] = {}
+        """Tokens of each sequence whose KV is planned."""
+
+    def living(self) -> list[int]:
+        """Sequences that have arrived and not ended."""
+        return list(self._left)
+
+    def run(self, events: Iterable[tuple[int, Event]], requests: Iterable[Submission]) -> None:
+        """Deliver the events and arrivals, and answer all commands that follow from them."""
+        for at_ns, event in events:
+            self._at(at_ns, event)
+        outside = self._order  # what was on the heap from the start comes before arrivals at the same time
+        heap = self._heap
+        arrivals = iter(sorted(requests, key=lambda request: request.arrival_ns))
+        arrival = next(arrivals, None)
+        while heap or arrival is not None:
+            if arrival is not None and (not heap or (arrival.arrival_ns, outside) <= heap[0][:2]):
+                self.now_ns = arrival.arrival_ns
+                self._arrive(arrival)
+                arrival = next(arrivals, None)
+                continue
+            self.now_ns, _, what = heapq.heappop(heap)
+            if type(what) is _Lane:
+                if what.alive:
+                    self._step_done(what)
+            elif type(what) is CopyDone:
+                if self._copies.pop(what.copy, None) is not None:
+                    self._tell(what)
+            else:
+                self._outside(what)  # type: ignore[arg-type]
+
+    def _at(self, at_ns: int, what: Event | _Lane) -> None:
+        heapq.heappush(self._heap, (at_ns, self._order, what))
+        self._order += 1
+
+    # --- events -------------------------------------------------------------------------------------------------------
+
+    def _arrive(self, submission: Submission) -> None:
+        _, request, output = submission
+        if not 1 <= output <= request.max_tokens:
+            raise ValueError(f"output_tokens = {output} of request {request.id} must be 1 to {request.max_tokens}")
+        self._left[request.id] = output
+        if output < request.max_tokens:
+            self._stops.add(request.id)
+        self._tell(Arrived(request))
+
+    def _outside(self, event: Event) -> None:
+        if isinstance(event, Stopped):
+            self._end(event.sequence)
+            self._tell(event)
+        elif isinstance(event, InstanceUp):
+            instance = event.instance
+            self._instances[instance.id] = instance
+            for lane in range(instance.lanes):
+                self._lanes[instance.id, instance.epoch, lane] = _Lane((instance.id, instance.epoch))
+            self._tell(event)
+        elif isinstance(event, InstanceLost):
+            self._lose(event)
+        else:
+            self._tell(event)
+
+    def _lose(self, event: InstanceLost) -> None:
+        dead = (event.instance, event.epoch)
+        if not self._lives(*dead):
+            return self._tell(event)
+        for index in range(self._instances.pop(event.instance).lanes):
+            self._lanes.pop((*dead, index)).alive = False
+        broken = [copy for copy in self._copies.values() if dead in (copy.source[:2], copy.destination[:2])]
+        for copy in broken:
+            del self._copies[copy.id]
+        self._tell(event)
+        for copy in broken:
+            if self._lives(*copy.source[:2]) or self._lives(*copy.destination[:2]):
+                self._tell(CopyDone(copy.id, ok=False))
+
+    def _step_done(self, lane: _Lane) -> None:
+        step = lane.running
+        assert step is not None
+        if lane.queued is None:
+            lane.running = None
+        else:
+            lane.running, duration_ns = lane.queued
+            lane.queued = None
+            self._at(self.now_ns + duration_ns, lane)
+        emitted: dict[int, int] = {}
+        stopped = []
+        left = self._left
+        for sequence in [work[0] for work in step.prefills if work.samples] + [work[0] for work in step.decodes]:
+            more = left.get(sequence)
+            if more is None:
+                continue  # it ended while this step was in flight
+            emitted[sequence] = 1
+            if more > 1:
+                left[sequence] = more - 1
+            else:
+                if sequence in self._stops:
+                    stopped.append(sequence)
+                self._end(sequence)
+        self._tell(StepDone(step.id, emitted))
+        for sequence in stopped:
+            self._tell(Stopped(sequence, "stop"))
+
+    def _end(self, sequence: int) -> None:
+        self._left.pop(sequence, None)
+        self._stops.discard(sequence)
+
+    # --- commands -----------------------------------------------------------------------------------------------------
+
+    def _tell(self, event: Event) -> None:
+        commands = self.scheduler.handle(event, self.now_ns)
+        self.events += 1
+        for hear in self._listeners:
+            hear(event, commands, self.now_ns)
+        for command in commands:
+            self._carry_out(command)
+
+    def _carry_out(self, command: Command) -> None:
+        kind = type(command)
+        if kind is Run:
+            self._run(command.step)  # type: ignore[union-attr]
+        elif kind is Copy:
+            self._copy(command)  # type: ignore[arg-type]
+        elif kind is Reject:
+            self._end(command.sequence)  # type: ignore[union-attr]
+        elif kind is SetTimer:
+            self._at(max(command.at_ns, self.now_ns), Timer(command.key))  # type: ignore[union-attr]
+        else:
+            raise Violation(f"{command!r} is no command")
+
+    def _run(self, step: Step) -> None:
+        lane = self._lanes.get((step.instance, step.epoch, step.lane))
+        if lane is None:
+            raise Violation(f"{step}: no such lane lives")
+        if lane.queued is not None:
+            raise Violation(f"{step}: two steps are in flight on this lane already")
+        if self.steps is not None:
+            self.steps.setdefault(step.instance, []).append(step)
+        pool = self._instances[step.instance].pages
+        context = self._context
+        for prefill in step.prefills:
+            context[prefill.sequence] = prefill.start + prefill.length
+            if prefill.new_pages:
+                _in_range(prefill.new_pages, pool, step)
+        contexts = []
+        for sequence, _, new_pages in step.decodes:
+            tokens = context[sequence] = context[sequence] + 1
+            contexts.append(tokens)
+            if new_pages:
+                _in_range(new_pages, pool, step)
+        duration_ns = self.latency.step_ns(step, contexts)
+        if lane.running is None:
+            lane.running = step
+            self._at(self.now_ns + duration_ns, lane)
+        else:
+            lane.queued = (step, duration_ns)
+
+    def _copy(self, copy: Copy) -> None:
+        for place, side in ((copy.source, 0), (copy.destination, 1)):
+            if not self._lives(place.instance, place.epoch):
+                raise Violation(f"{copy}: epoch {place.epoch} of instance {place.instance} is not alive")
+            if copy.pages:
+                _in_range([pair[side] for pair in copy.pages], self._instances[place.instance].pages, copy)
+        self._copies[copy.id] = copy
+        self._at(self.now_ns + self.latency.copy_ns(copy), CopyDone(copy.id, ok=True))
+
+    def _lives(self, instance: int, epoch: int) -> bool:
+        return instance in self._instances and self._instances[instance].epoch == epoch
+
+
+def _in_range(pages: Iterable[int], pool: int, what: Step | Copy) -> None:
+    if min(pages) < 0 or max(pages) >= pool:
+        raise Violation(f"{what}: pages must be in [0, {pool})")

@@ -1,0 +1,122 @@
+"""A recorder log as workload and latency model, so that the simulator can relive what the engine did."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Sequence
+
+from ds_jax.protocol import (
+    Arrived,
+    Copy,
+    CopyDone,
+    Drain,
+    Event,
+    InstanceLost,
+    InstanceUp,
+    Reject,
+    Run,
+    Step,
+    StepDone,
+    Stopped,
+)
+from ds_jax.recorder import Log
+from ds_jax.workload import Submission
+
+NEVER_NS = 2**62
+"""Duration of what was never done: its instance was lost before."""
+
+
+class RecordedDurations:
+    """Gives the n-th step of each (instance, epoch, lane), and the n-th copy, the duration that it has in a log."""
+
+    def __init__(self, log: Log):
+        self._steps: defaultdict[tuple[int, int, int], deque[int]] = defaultdict(deque)
+        self._copies: deque[int] = deque()
+        self._read(log)
+
+    def _read(self, log: Log) -> None:
+        began: dict[int, tuple[tuple[int, int, int], int, int]] = {}
+        copied: dict[int, tuple[int, int]] = {}
+        steps: dict[tuple[int, int, int], list[int]] = defaultdict(list)
+        copies: list[int] = []
+        idle_since: dict[tuple[int, int, int], int] = {}
+        for now_ns, event, commands in log.whole():
+            if isinstance(event, StepDone) and event.step in began:
+                lane, number, run_ns = began.pop(event.step)
+                steps[lane][number] = now_ns - max(run_ns, idle_since.get(lane, run_ns))
+                idle_since[lane] = now_ns
+            elif isinstance(event, CopyDone) and event.copy in copied:
+                number, copy_ns = copied.pop(event.copy)
+                copies[number] = now_ns - copy_ns
+            for command in commands:
+                if isinstance(command, Run):
+                    lane = (command.step.instance, command.step.epoch, command.step.lane)
+                    began[command.step.id] = (lane, len(steps[lane]), now_ns)
+                    steps[lane].append(NEVER_NS)
+                elif isinstance(command, Copy):
+                    copied[command.id] = (len(copies), now_ns)
+                    copies.append(NEVER_NS)
+        self._steps.update({lane: deque(durations) for lane, durations in steps.items()})
+        self._copies = deque(copies)
+
+    def step_ns(self, step: Step, contexts: Sequence[int]) -> int:
+        """Raises ValueError when the log has no such step any more: the simulation has gone another way."""
+        durations = self._steps[step.instance, step.epoch, step.lane]
+        if not durations:
+            raise ValueError(f"the log has no more steps on instance {step.instance}, lane {step.lane}, but got {step}")
+        return durations.popleft()
+
+    def copy_ns(self, copy: Copy) -> int:
+        """Raises ValueError when the log has no such copy any more."""
+        if not self._copies:
+            raise ValueError(f"the log has no more copies, but got {copy}")
+        return self._copies.popleft()
+
+
+def recorded_workload(log: Log) -> tuple[list[Submission], list[tuple[int, Event]]]:
+    """The requests of a log with their true lengths, and the events of the world outside, for `simulate`.
+
+    A sequence that was stopped at the time of the step that told its last token has its true length there. Any other
+    Stopped came from outside, as did instances that came, went or were drained. Timers are the simulator's own.
+
+    Raises:
+        ValueError: the log has dropped entries.
+    """
+    arrived: list[tuple[int, Arrived]] = []
+    events: list[tuple[int, Event]] = []
+    output: defaultdict[int, int] = defaultdict(int)
+    true_length: dict[int, int] = {}
+    over: set[int] = set()
+    last_step = (-1, StepDone(-1))
+    for now_ns, event, commands in log.whole():
+        match event:
+            case Arrived():
+                arrived.append((now_ns, event))
+            case StepDone(_, emitted):
+                last_step = (now_ns, event)
+                for sequence, tokens in emitted.items():
+                    output[sequence] += tokens
+            case Stopped(sequence) if sequence not in over:
+                over.add(sequence)
+                if last_step[0] == now_ns and last_step[1].emitted.get(sequence):
+                    true_length[sequence] = output[sequence]
+                else:
+                    events.append((now_ns, event))
+            case InstanceUp() | InstanceLost() | Drain():
+                events.append((now_ns, event))
+        over.update(command.sequence for command in commands if isinstance(command, Reject))
+    requests = []
+    for now_ns, event in arrived:
+        request = event.request
+        requests.append(Submission(now_ns, request, true_length.get(request.id, request.max_tokens)))
+    return requests, events
+
+
+def steps_of(log: Log) -> dict[int, list[Step]]:
+    """Steps of each instance in the order of their commands."""
+    steps: dict[int, list[Step]] = {}
+    for entry in log.entries:
+        for command in entry.commands:
+            if isinstance(command, Run):
+                steps.setdefault(command.step.instance, []).append(command.step)
+    return steps
