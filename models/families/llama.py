@@ -14,11 +14,9 @@ CLASS_NAME = "LlamaForCausalLM"
 def architecture(config: Mapping[str, Any]) -> Architecture:
     """The architecture of a Llama config.json."""
     hidden, heads = integer(config, "hidden_size"), integer(config, "num_attention_heads")
-    # Newer files keep all of it under rope_parameters, older ones in two fields.
-    rope = config.get("rope_parameters") or {
-        "rope_theta": config.get("rope_theta"),
-        **(config.get("rope_scaling") or {}),
-    }
+    # Older files keep it in two fields, newer ones under rope_parameters.
+    rope = {"rope_theta": config.get("rope_theta")}
+    rope |= (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
     bias = bool(config.get("attention_bias", False))
     return Architecture(
         family="llama",

@@ -78,7 +78,7 @@ def test_logits_after_every_prompt_token_are_those_of_transformers(golden: Golde
         np.testing.assert_allclose(logits, answer.prefill_logits, atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("tp", TPS)
+@pytest.mark.parametrize("tp", (1, 4))
 @pytest.mark.parametrize("golden", CASES, ids=lambda golden: golden.name)
 def test_packed_prefill_and_batched_decode_over_pages_give_the_tokens_of_transformers(golden: Golden, tp: int):
     loaded, answers = Loaded(golden, tp), golden.answers()
