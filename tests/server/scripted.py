@@ -12,7 +12,7 @@ from typing import Any
 
 import uvicorn
 
-from ds_jax.errors import RequestError
+from ds_jax.errors import Draining, RequestError
 from ds_jax.sampling import SamplingParams
 from ds_jax.server.app import create_app
 from ds_jax.server.serve import listen, url
@@ -53,7 +53,7 @@ class ScriptedEngine:
         self.calls: list[tuple[list[int], SamplingParams]] = []
         self.running = 0
         self.aborted = 0
-        self.started = self.closed = False
+        self.started = self.closed = self.draining = False
 
     async def start(self) -> None:
         self.started = True
@@ -61,10 +61,21 @@ class ScriptedEngine:
     async def close(self) -> None:
         self.closed = True
 
+    async def drain(self) -> bool:
+        self.draining = True
+        while self.running:
+            await asyncio.sleep(0.005)
+        return True
+
+    def statistics(self) -> dict[str, Any]:
+        return {"requests": self.running}
+
     async def generate(
         self, prompt: list[int], params: SamplingParams, deadline_s: float | None = None
     ) -> AsyncIterator[Output]:
         self.calls.append((prompt, params))
+        if self.draining:
+            raise Draining("the server is shutting down")
         if len(prompt) >= self.max_model_len:
             raise RequestError(f"prompt has {len(prompt)} tokens; the model allows 64 with the output", "prompt")
         if len(prompt) + params.max_tokens > self.max_model_len:
