@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -30,14 +29,18 @@ def logits_of(model: Transformer, tokens: jax.Array) -> jax.Array:
     return model.logits(model(tokens, jnp.arange(len(tokens)), attend))
 
 
+def loaded(golden: Golden, dtype: str) -> Transformer:
+    checkpoint = open_checkpoint(golden.folder)
+    params = load_params(checkpoint, make_mesh(jax.devices()[:1], 1), dtype)
+    return nnx.merge(nnx.graphdef(abstract_model(checkpoint.arch, 1, dtype)), params)
+
+
 @pytest.mark.parametrize("golden", CASES, ids=lambda golden: golden.name)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-4), ("bfloat16", 0.4), ("float16", 0.06)])
 def test_without_a_mesh_the_logits_are_those_of_transformers_as_far_as_the_type_can_tell(
     golden: Golden, dtype: str, tolerance: float
 ):
-    checkpoint = open_checkpoint(golden.folder)
-    params = load_params(checkpoint, make_mesh(jax.devices()[:1], 1), dtype)
-    model = nnx.merge(nnx.graphdef(abstract_model(checkpoint.arch, 1, dtype)), params)
+    model = loaded(golden, dtype)
     answer = golden.answers()[1]
     logits = jax.jit(logits_of)(model, jnp.array(answer.prompt))
     assert logits.dtype == jnp.float32
@@ -45,16 +48,9 @@ def test_without_a_mesh_the_logits_are_those_of_transformers_as_far_as_the_type_
     assert np.median(np.abs(logits - answer.prefill_logits)) < tolerance / 4
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def made(arch: Architecture) -> Transformer:
-    return Transformer(arch, rngs=nnx.Rngs(0))
-
-
-TINY = Architecture("llama", 40, 16, 1, 4, 2, 4, 24, 32)
-
-
 def test_a_new_model_has_logits_of_about_unit_size_and_a_gradient_for_every_parameter():
-    model = made(TINY)
+    arch = Architecture("llama", 40, 16, 1, 4, 2, 4, 24, 32)
+    model = jax.jit(lambda: Transformer(arch, rngs=nnx.Rngs(0)))()
     tokens = jnp.arange(12) * 3
     assert 0.3 < jnp.std(jax.jit(logits_of)(model, tokens)) < 3
 
@@ -69,9 +65,9 @@ def test_a_new_model_has_logits_of_about_unit_size_and_a_gradient_for_every_para
     assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(gradients))
 
 
-@pytest.mark.parametrize("positions", ["rope", "learned"])
-def test_tokens_and_positions_of_padding_may_be_anything(positions: str):
-    model = made(dataclasses.replace(TINY, positions=positions, position_offset=2))
+@pytest.mark.parametrize("golden", CASES, ids=lambda golden: golden.name)
+def test_tokens_and_positions_of_padding_may_be_anything(golden: Golden):
+    model = loaded(golden, "float32")
 
     @jax.jit
     def run(model):
