@@ -388,7 +388,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             living = [sequence.request.id for sequence in self.contract.living()]
             if not living or living[0] >= before:
                 return
-            if newcomers and sum(sequence >= before for sequence in living) < 3:
+            waiting = sum(sequence >= before and sequence not in self.safe for sequence in living)
+            for _ in range(2 * len(self.known) - waiting if newcomers else 0):
                 self._arrive(prompt=1 + self.requests % 3, max_tokens=2, true_length=2)
             if not self._complete_oldest():
                 raise AssertionError(f"sequences {living} wait, and nothing is in flight")
