@@ -12,7 +12,7 @@ from ds_jax.config import Config
 from ds_jax.engine import Engine, Update
 from ds_jax.errors import Draining, Overloaded, RequestError
 from ds_jax.sampling import SamplingParams
-from ds_jax.text import TextStream, Tokenizer
+from ds_jax.text import TextStream
 
 __all__ = ["AsyncEngine", "Draining", "Output", "Overloaded", "RequestError"]
 
@@ -39,9 +39,8 @@ class AsyncEngine:
 
     def __init__(self, config: Config, *, devices: Any = None, progress: bool = True):
         self._engine = Engine(config, self._listen, devices=devices, progress=progress)
-        folder = Path(self._engine.executor.checkpoint.folder)
-        self.tokenizer = Tokenizer.from_folder(folder)
-        self.served_name = config.model.served_name or folder.resolve().name
+        self.tokenizer = self._engine.tokenizer
+        self.served_name = config.model.served_name or Path(self._engine.executor.checkpoint.folder).resolve().name
         self.max_model_len = self._engine.max_model_len
         self.config = config
         self._queues: dict[int, asyncio.Queue[Update]] = {}

@@ -43,6 +43,7 @@ from ds_jax.runtime.executor import InProcessExecutor
 from ds_jax.runtime.sequence import Sequence
 from ds_jax.sampling import SamplingParams
 from ds_jax.scheduling import create_scheduler
+from ds_jax.text import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ Listener = Callable[[list[Update]], None]
 
 
 class Engine:
-    """Serves token ids: text belongs to the front ends (`llm.py`, `async_engine.py`).
+    """Serves token ids; the front ends (`llm.py`, `async_engine.py`) make text of them with its tokenizer.
 
     `listener` is called on the dispatch thread and must not block. All public methods may be called from any thread.
 
@@ -78,7 +79,9 @@ class Engine:
         self.scheduler = create_scheduler(config.policy, config.scheduler)
         self.recorder = Recorder(config.engine.log_capacity)
         self._ask = self.recorder.wrap(self.scheduler).handle
-        self.executor = InProcessExecutor(config, devices=devices, progress=progress)
+        self.executor = InProcessExecutor(config, devices=devices)
+        self.tokenizer = self._open_tokenizer()
+        self.executor.build(progress)
         self.max_model_len = self.executor.max_model_len
         self._eos = frozenset(self.executor.checkpoint.eos_token_ids)
         self._listener = listener
@@ -204,6 +207,15 @@ class Engine:
             self._inbox.put((_quit, ()))
             self._thread.join()
         self.executor.close()
+
+    def _open_tokenizer(self) -> Tokenizer:
+        """The checkpoint's; one of bytes for random weights whose folder has none."""
+        try:
+            return Tokenizer.from_folder(self.executor.checkpoint.folder)
+        except FileNotFoundError:
+            if self.config.model.load_format != "dummy":
+                raise
+            return Tokenizer.of_bytes()
 
     # --- the dispatch thread: requests --------------------------------------------------------------------------------
 

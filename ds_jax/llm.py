@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +16,7 @@ from ds_jax.errors import RequestError
 from ds_jax.metrics import RequestTimes
 from ds_jax.runtime.platform import force_host_devices
 from ds_jax.sampling import SamplingParams
-from ds_jax.text import TextStream, Tokenizer
+from ds_jax.text import TextStream
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class LLM:
             force_host_devices(config)
         self._updates: queue.SimpleQueue[list[Update]] = queue.SimpleQueue()
         self.engine = Engine(config, self._updates.put, devices=devices, progress=progress)
-        self.tokenizer = Tokenizer.from_folder(Path(self.engine.executor.checkpoint.folder))
+        self.tokenizer = self.engine.tokenizer
         self._window = config.engine.max_waiting
         self._progress = progress
         self.engine.start()

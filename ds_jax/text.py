@@ -98,6 +98,15 @@ class Tokenizer:
             eos_token_ids=[] if eos is None else [eos] if isinstance(eos, int) else eos,
         )
 
+    @classmethod
+    def of_bytes(cls) -> Tokenizer:
+        """A token per byte: text for models of random weights, which have no tokenizer of their own."""
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        bytes_only = tokenizers.Tokenizer(models.BPE({character: id for id, character in enumerate(alphabet)}, []))
+        bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        bytes_only.decoder = decoders.ByteLevel()
+        return cls(bytes_only)
+
     @property
     def vocab_size(self) -> int:
         """Tokens that have a text; the model's vocabulary may be larger."""

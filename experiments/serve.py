@@ -28,7 +28,8 @@ def main(argv: list[str]) -> None:
     from ds_jax.async_engine import AsyncEngine
     from ds_jax.server import serve
 
-    serve.run(AsyncEngine(config), _HOST.value, _PORT.value)
+    listener = serve.listen(_HOST.value, _PORT.value)  # a port in use is found out before the slow part
+    serve.run(AsyncEngine(config), listener=listener)
 
 
 if __name__ == "__main__":

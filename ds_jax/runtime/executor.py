@@ -78,17 +78,17 @@ class CopyInFlight:
 class InProcessExecutor:
     """Runs every instance of a configuration on the devices of this process.
 
+    Making one finds out whether all fits together and is quick; `build` is what takes time, then `start` serves.
+
     Args:
         config: what to run.
         devices: to use; all of the default platform if None.
-        progress: show bars while programs compile.
 
     Raises:
-        ValueError, FileNotFoundError: config, checkpoint and devices do not fit together; one sentence, raised before
-            anything is compiled.
+        ValueError, FileNotFoundError: config, checkpoint and devices do not fit together; one sentence.
     """
 
-    def __init__(self, config: Config, *, devices: Sequence[jax.Device] | None = None, progress: bool = True):
+    def __init__(self, config: Config, *, devices: Sequence[jax.Device] | None = None):
         config.check()
         self.checkpoint = open_checkpoint(config.model.path, config.model.load_format)
         self.arch = self.checkpoint.arch
@@ -98,9 +98,10 @@ class InProcessExecutor:
         dtype: str = config.model.dtype
         if dtype == "auto":
             dtype = "float32" if devices[0].platform == "cpu" else self.checkpoint.dtype
-        number_type = jnp.dtype(dtype)
+        self._dtype = jnp.dtype(dtype)
+        self._dummy = config.model.load_format == "dummy"
         models = [
-            Model(self.arch, number_type, site.mesh, *abstract_params(self.arch, site.group.tp, number_type, site.mesh))
+            Model(self.arch, self._dtype, site.mesh, *abstract_params(self.arch, site.group.tp, self._dtype, site.mesh))
             for site in sites
         ]
         planned = plan(config, self.arch, dtype, sites, [model.params for model in models])
@@ -116,11 +117,6 @@ class InProcessExecutor:
             for i, j in handover.routes([site.role for site in sites])
         }
         self.compilations = CompilationCounter()
-        with compiling():
-            self._load(config.model.load_format == "dummy", number_type, progress)
-            self._compile(progress)
-            for instance in self._instances:
-                instance.begin_life()
         self._alive = [True] * len(self._instances)
         self._deaths = [0] * len(self._instances)
         self._copies: dict[int, CopyInFlight] = {}
@@ -133,11 +129,21 @@ class InProcessExecutor:
         """All instances, as schedulers see them."""
         return [describe(instance, group) for instance, group in zip(self._instances, self._groups, strict=True)]
 
-    def _load(self, dummy: bool, dtype: Any, progress: bool) -> None:
+    def build(self, progress: bool = True) -> None:
+        """Load the weights, compile all programs, allocate the pools; with progress bars."""
+        with compiling():
+            self._load(progress)
+            self._compile(progress)
+            for instance in self._instances:
+                instance.begin_life()
+
+    def _load(self, progress: bool) -> None:
         for instance in tqdm(self._instances, "load weights", disable=not progress):
             where = instance.model.mesh
             instance.params = (
-                dummy_params(self.arch, where, dtype) if dummy else load_params(self.checkpoint, where, dtype)
+                dummy_params(self.arch, where, self._dtype)
+                if self._dummy
+                else load_params(self.checkpoint, where, self._dtype)
             )
 
     def _compile(self, progress: bool) -> None:
@@ -202,6 +208,11 @@ class InProcessExecutor:
             return
         try:
             route = self._route(source, destination)
+        except ValueError as error:
+            log.error("copy %d: %s", copy.id, error)
+            self._soon(self._answer_copy, copy, False)
+            return
+        try:
             pieces = self._instances[source.instance].send(route, [here for here, _ in copy.pages])
         except Exception as error:
             log.exception("copy %d could not be started", copy.id)

@@ -139,11 +139,12 @@ def test_a_lost_instance_comes_back_and_its_requests_are_replayed(role: str) -> 
 
 
 def lose_when(llm: LLM, instance: int, finished: int) -> None:
-    """On the dispatch thread: break the instance once some requests have finished."""
+    """On the dispatch thread: take the instance's KV pool away once some requests have finished."""
     if llm.engine.statistics()["finished"] < finished:
         llm.engine.call_soon(lose_when, llm, instance, finished)
     else:
-        llm.engine.executor.lose(instance, "broken by the test")
+        for layer in llm.engine.executor._instances[instance].pool["k"]:
+            layer.delete()
 
 
 # --- asyncio ----------------------------------------------------------------------------------------------------------

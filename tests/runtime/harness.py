@@ -149,7 +149,8 @@ class Bench:
 
 @contextmanager
 def bench(config: Config) -> Iterator[Bench]:
-    executor = InProcessExecutor(config, progress=False)
+    executor = InProcessExecutor(config)
+    executor.build(progress=False)
     try:
         yield Bench(executor)
     finally:

@@ -22,8 +22,10 @@ SAMPLED = SamplingParams(temperature=1.3, top_k=40, top_p=0.95)
 PROMPTS = [[5, 6, 7], list(range(20, 57)), [9] * 11, [3]]
 
 
-def config_for(prefill_tp: int = 1, decode_tp: int = 1, mixed: int = 0) -> Config:
-    sizes: dict[str, Any] = {"max_step_tokens": 64, "max_step_sequences": 4, "token_buckets": (16, 64)}
+def config_for(
+    prefill_tp: int = 1, decode_tp: int = 1, mixed: int = 0, token_buckets: tuple[int, ...] = (64,)
+) -> Config:
+    sizes: dict[str, Any] = {"max_step_tokens": 64, "max_step_sequences": 4, "token_buckets": token_buckets}
     return Config(
         model=ModelConfig(path=str(GOLDEN.folder)),
         prefill=PrefillConfig(tp=prefill_tp, **sizes),
@@ -36,7 +38,7 @@ def config_for(prefill_tp: int = 1, decode_tp: int = 1, mixed: int = 0) -> Confi
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Bench]:
     """One executor for all tests that leave it as it was."""
-    with bench(config_for(decode_tp=2, mixed=1)) as b:
+    with bench(config_for(decode_tp=2, mixed=1, token_buckets=(16, 64))) as b:
         yield b
         assert b.executor.compilations.count == 0, "something compiled while serving"
 
@@ -53,7 +55,7 @@ def pull(b: Bench, sequence: Sequence) -> int:
     return len(b.finish_copy(b.start_copy(sequence, b.of(Role.PREFILL).id, here, b.of(Role.DECODE).id)))
 
 
-@pytest.mark.parametrize("prefill_tp, decode_tp", [(1, 1), (2, 1), (1, 4), (4, 2)])
+@pytest.mark.parametrize("prefill_tp, decode_tp", [(1, 4), (4, 1)])
 def test_tokens_are_the_oracles_and_do_not_depend_on_tp(prefill_tp: int, decode_tp: int, alone: list[list[int]]):
     with bench(config_for(prefill_tp, decode_tp)) as b:
         for answer in GOLDEN.answers():
@@ -306,4 +308,4 @@ def test_an_executor_that_was_never_started_can_be_closed(tmp_path: Any):
         decode=DecodeConfig(slots=2),
         cache=CacheConfig(page_size=8, num_pages=64),
     )
-    InProcessExecutor(config, progress=False).close()
+    InProcessExecutor(config).close()
