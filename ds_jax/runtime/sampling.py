@@ -63,15 +63,21 @@ def sample(
         positions: tokens before the sampled one, prompt and output.
         wanted: rows whose token matters; the others get any token, and no work is done for their sake.
     """
+    return _argmax(scores(logits, sampling, positions, wanted))
+
+
+def scores(
+    logits: Float[Array, "B V"], sampling: Sampling, positions: Int[Array, " B"], wanted: Array | None = None
+) -> Float[Array, "B V"]:
+    """What `sample` takes the largest of: logits / temperature, cut by top_k and top_p, plus noise."""
     hot = sampling.temperature > 0
     if wanted is not None:
         hot = hot & wanted
     # Rows in which no noise is wanted divide by 1: a greedy row must not see its logits changed.
     scaled = logits / jnp.where(hot, sampling.temperature, 1)[:, None]
     cut = hot & ((sampling.top_p < 1) | ((sampling.top_k > 0) & (sampling.top_k < logits.shape[1])))
-    scores = lax.cond(jnp.any(cut), _cut, lambda x, *_: x, scaled, sampling, cut)
-    scores = lax.cond(jnp.any(hot), _perturb, lambda x, *_: x, scores, sampling, positions, hot)
-    return _argmax(scores)
+    kept = lax.cond(jnp.any(cut), _cut, lambda x, *_: x, scaled, sampling, cut)
+    return lax.cond(jnp.any(hot), _perturb, lambda x, *_: x, kept, sampling, positions, hot)
 
 
 def _argmax(scores: Float[Array, "B V"]) -> Int[Array, " B"]:

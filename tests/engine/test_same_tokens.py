@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import jax
@@ -107,3 +108,14 @@ def test_preemption_in_a_pool_of_a_few_pages(reference: Reference) -> None:
         replays = sum(output.times.replays for output in outputs if output.times is not None)
         assert replays > 0, "the pool was large enough for all: nothing was preempted"
         assert all(instance["pages_used"] == 0 for instance in llm.engine.statistics()["instances"])
+
+
+def test_the_reference_can_tell_a_tie_from_a_mistake(reference: Reference) -> None:
+    margins = [reference.margin(index, reference.alone[index].token_ids[:1]) for index in (0, 1)]
+    assert all(margin > 1e-4 for margin in margins)
+    wrong = [one.token_ids for one in reference.alone]
+    wrong[0] = [(wrong[0][0] + 1) % 50, *wrong[0][1:]]
+    with pytest.raises(AssertionError, match="request 0 differs at token 0"):
+        reference.check(
+            [dataclasses.replace(one, token_ids=ids) for one, ids in zip(reference.alone, wrong, strict=True)]
+        )
