@@ -67,7 +67,10 @@ class RequestTimes:
 
 
 class _Life:
-    """A request whose life is being stamped: all before `since_ns` is charged, and what comes now goes to `stage`."""
+    """A request whose life is being stamped: all before `since_ns` is charged, and what comes now goes to `stage`.
+
+    Its decode steps only move `seen_ns`, the end of the last one, so that a step costs little.
+    """
 
     __slots__ = (
         "arrived_ns",
@@ -80,6 +83,7 @@ class _Life:
         "rejected",
         "replays",
         "request",
+        "seen_ns",
         "since_ns",
         "stage",
         "stages",
@@ -88,7 +92,7 @@ class _Life:
 
     def __init__(self, request: Request, now_ns: int):
         self.request = request
-        self.arrived_ns = self.since_ns = now_ns
+        self.arrived_ns = self.since_ns = self.seen_ns = now_ns
         self.first_ns: int | None = None
         self.end_ns: int | None = None
         self.end = ""
@@ -138,23 +142,22 @@ class StageClock:
 
     def hear(self, event: Event, commands: Iterable[Command], now_ns: int) -> None:
         """One call of `Scheduler.handle` and its answer."""
-        match event:
-            case StepDone():
-                self._step_done(event, now_ns)
-            case Arrived(request):
-                self._lives[request.id] = _Life(request, now_ns)
-            case Stopped(sequence, reason):
-                self._end(sequence, reason, now_ns)
-            case CopyDone(copy):
-                self._copy_done(copy, now_ns)
-            case InstanceLost(instance, epoch):
-                self._lost(instance, epoch, now_ns)
+        if isinstance(event, StepDone):
+            self._step_done(event, now_ns)
+        elif isinstance(event, Arrived):
+            self._lives[event.request.id] = _Life(event.request, now_ns)
+        elif isinstance(event, Stopped):
+            self._end(event.sequence, event.reason, now_ns)
+        elif isinstance(event, CopyDone):
+            self._copy_done(event.copy, now_ns)
+        elif isinstance(event, InstanceLost):
+            self._lost(event.instance, event.epoch, now_ns)
         for command in commands:
-            if type(command) is Run:
+            if isinstance(command, Run):
                 self._run(command.step, now_ns)
-            elif type(command) is Copy:
+            elif isinstance(command, Copy):
                 self._copy(command, now_ns)
-            elif type(command) is Reject:
+            elif isinstance(command, Reject):
                 self._end(command.sequence, command.why, now_ns, rejected=True)
 
     def ended(self, sequence: int) -> bool:
@@ -229,6 +232,8 @@ class StageClock:
             if life is None:
                 continue
             if prefill.start == 0:
+                if life.stage == DECODE_EXECUTION:
+                    self._charge(life, life.seen_ns)
                 life.replays += life.started
                 life.started, life.prefilled, life.copies = True, False, 0
                 life.stage = PREFILL_QUEUEING  # whatever it seemed to wait for, this is what it waited for
@@ -256,19 +261,20 @@ class StageClock:
             if prefill.samples:
                 life.prefilled = True
                 life.stage = KV_TRANSMISSION if life.copies else DECODE_QUEUEING
+        lives = self._lives
         for decode in step.decodes:
-            life = self._lives.get(decode.sequence)
-            if life is not None and life.end_ns is None:
-                self._charge(life, now_ns)
+            life = lives.get(decode.sequence)
+            if life is not None:
+                life.seen_ns = now_ns
         for sequence, tokens in event.emitted.items():
-            life = self._living(sequence)
-            if life is None or not tokens:
+            life = lives.get(sequence)
+            if life is None or life.end_ns is not None or not tokens:
                 continue
             life.output += tokens
             if life.first_ns is None:
                 life.first_ns = now_ns
             if life.output >= life.request.max_tokens:
-                life.end_ns, life.end = now_ns, "length"
+                self._end(sequence, "length", now_ns)
         if lane:
             self._start(lane[0], now_ns)
         else:

@@ -250,15 +250,14 @@ class VirtualTime:
             self._carry_out(command)
 
     def _carry_out(self, command: Command) -> None:
-        kind = type(command)
-        if kind is Run:
-            self._run(command.step)  # type: ignore[union-attr]
-        elif kind is Copy:
-            self._copy(command)  # type: ignore[arg-type]
-        elif kind is Reject:
-            self._end(command.sequence)  # type: ignore[union-attr]
-        elif kind is SetTimer:
-            self._at(max(command.at_ns, self.now_ns), Timer(command.key))  # type: ignore[union-attr]
+        if isinstance(command, Run):
+            self._run(command.step)
+        elif isinstance(command, Copy):
+            self._copy(command)
+        elif isinstance(command, Reject):
+            self._end(command.sequence)
+        elif isinstance(command, SetTimer):
+            self._at(max(command.at_ns, self.now_ns), Timer(command.key))
         else:
             raise Violation(f"{command!r} is no command")
 
