@@ -16,8 +16,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import queue
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -37,6 +35,7 @@ from ds_jax.runtime.handover import Cut, Route
 from ds_jax.runtime.instance import Instance, Result, describe
 from ds_jax.runtime.pool import plan
 from ds_jax.runtime.programs import Model
+from ds_jax.runtime.reader import Reader
 from ds_jax.runtime.sequence import Sequence as TokenSequence
 from models.checkpoint import dummy_params, load_params, open_checkpoint
 from models.transformer import abstract_params
@@ -155,9 +154,13 @@ class InProcessExecutor:
         # XLA compiles without the interpreter's lock, so that threads use all cores.
         bar = tqdm(total=len(jobs), desc="compile programs", disable=not progress)
         with bar, ThreadPoolExecutor(os.cpu_count(), "compile") as threads:
-            for compiled in as_completed([threads.submit(job) for job in jobs]):
-                compiled.result()
-                bar.update()
+            try:
+                for compiled in as_completed([threads.submit(job) for job in jobs]):
+                    compiled.result()
+                    bar.update()
+            except BaseException:
+                threads.shutdown(cancel_futures=True)  # a failure, or Ctrl-C, does not wait for the rest
+                raise
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -345,29 +348,6 @@ class InProcessExecutor:
     def _unless_closed(self, callback: Callable[..., None], *args: Any) -> None:
         if not self._closed:
             callback(*args)
-
-
-class Reader:
-    """A thread that makes calls in the order in which they were put, and may wait in them."""
-
-    def __init__(self, name: str):
-        self._calls: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
-        self._thread.start()
-
-    def put(self, call: Callable[..., None], *args: Any) -> None:
-        self._calls.put((call, args))
-
-    def close(self) -> None:
-        """Make the calls that were put, then end the thread."""
-        self._calls.put(None)
-        self._thread.join()
-
-    def _work(self) -> None:
-        while (item := self._calls.get()) is not None:
-            call, args = item
-            call(*args)
-            del item, call, args  # they hold arrays
 
 
 def _ends(copy: Copy) -> tuple[int, int]:

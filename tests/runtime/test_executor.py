@@ -301,7 +301,7 @@ def test_closing_ends_all_threads_and_may_come_at_any_time(fragile: Bench):
     assert not fragile.executor._instances[0].pool
 
 
-def test_an_executor_that_was_never_started_can_be_closed(tmp_path: Any):
+def test_an_executor_that_was_never_built_can_be_closed(tmp_path: Any):
     config = Config(
         model=ModelConfig(path=write_config(tmp_path), load_format="dummy"),
         prefill=PrefillConfig(max_step_tokens=32, max_step_sequences=2),

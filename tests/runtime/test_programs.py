@@ -1,0 +1,161 @@
+"""What the host packs, what the programs make of it, and what they compile to."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ds_jax.architecture import Architecture
+from ds_jax.runtime import handover, programs, sampling
+from ds_jax.runtime.handover import Cut
+from ds_jax.runtime.programs import Chunk, DecodeState, Edits, Model, Prefill
+from ds_jax.runtime.sequence import Sequence
+from ds_jax.runtime.shapes import Shapes
+from ds_jax.sampling import SamplingParams
+from models.sharding import make_mesh
+from models.transformer import abstract_params
+
+SHAPES = Shapes(pages=1000, page_size=4, max_model_len=32, slots=4, rows=3, token_buckets=(8, 16))
+
+
+def model(tp: int = 1) -> Model:
+    arch = Architecture("llama", 61, 16, 2, 4, 4, 4, 24, 64)
+    mesh = make_mesh(jax.devices()[:tp], tp)
+    return Model(arch, jnp.float32, mesh, *abstract_params(arch, tp, jnp.float32, mesh))
+
+
+def sequence(tokens: int, output: int = 0) -> Sequence:
+    made = Sequence(tokens, list(range(100, 100 + tokens)), SamplingParams(temperature=0.5, top_k=3), seed=2**40 + 1)
+    made.output.extend(range(200, 200 + output))
+    return made
+
+
+def pool_sized(hlo: str, elements: int) -> set[str]:
+    """Operations other than updates in place that make an array of at least so many elements."""
+    made = re.findall(r"^\s*(?:ROOT )?%?(\S+) = \w+\[([\d,]+)\]\S* ([\w-]+)\(", hlo, re.MULTILINE)
+    harmless = {"parameter", "get-tuple-element", "tuple", "bitcast", "scatter", "dynamic-update-slice"}
+    return {
+        f"{operation} {name}"
+        for name, shape, operation in made
+        if np.prod([int(size) for size in shape.split(",")]) >= elements
+        and operation not in harmless
+        and not (operation == "fusion" and "scatter" in name)
+    }
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("name", ["decode", "prefill", "insert", "gather"])
+def test_no_program_copies_the_pool(name: str, tp: int):
+    this = model(tp)
+    program = {
+        "decode": lambda: programs.decode(this, SHAPES),
+        "prefill": lambda: programs.prefill(this, SHAPES, 16),
+        "insert": lambda: handover.insert(this, SHAPES, Cut(4, 1, tp), 4),
+        "gather": lambda: handover.gather(this, SHAPES, Cut(4, tp, 1), 4),
+    }[name]()
+    layer = SHAPES.pages * SHAPES.page_size * 4 * 4 // tp
+    assert not pool_sized(program.as_text(), layer)
+    memory = program.memory_analysis()
+    assert memory.temp_size_in_bytes < layer * 4
+    if name != "gather":
+        assert memory.alias_size_in_bytes >= 2 * this.arch.num_layers * layer * 4, "the pool is not updated in place"
+
+
+def test_a_copy_of_the_pool_would_be_seen():
+    pool = jax.ShapeDtypeStruct((1000, 64), jnp.float32)
+    copies = jax.jit(lambda pool: (pool.at[0].set(1), pool)).lower(pool).compile().as_text()
+    assert pool_sized(copies, 64000)
+
+
+def test_a_prefill_step_is_packed_back_to_back():
+    chunks = [
+        Chunk(sequence(5), 0, 5, True, [7, 3]),
+        Chunk(sequence(6, output=4), 6, 3, False, [1, 9, 4]),
+    ]
+    bucket, packed = programs.pack_prefill(SHAPES, chunks)
+    assert (bucket, packed.dtype, len(packed)) == (8, np.int32, Prefill.words(SHAPES, 8))
+    step = Prefill.of(packed, SHAPES, bucket)
+    assert step.tokens.tolist() == [100, 101, 102, 103, 104, 200, 201, 202]
+    assert step.positions.tolist() == [0, 1, 2, 3, 4, 6, 7, 8]
+    assert step.slots.tolist() == [28, 29, 30, 31, 12, 9 * 4 + 2, 9 * 4 + 3, 16]
+    assert step.starts.tolist() == [0, 5, 0]
+    assert step.lengths.tolist() == [5, 3, 0]
+    assert step.contexts.tolist() == [0, 6, 0]
+    assert step.samples.tolist() == [1, 0, 0]
+    assert step.page_table[:, :4].tolist() == [[7, 3, 0, 0], [1, 9, 4, 0], [0, 0, 0, 0]]
+
+
+def test_padding_of_a_prefill_step_writes_nowhere():
+    bucket, packed = programs.pack_prefill(SHAPES, [Chunk(sequence(9), 0, 9, True, [0, 1, 2])])
+    assert bucket == 16
+    assert Prefill.of(packed, SHAPES, bucket).slots[9:].tolist() == [-1] * 7
+
+
+@pytest.mark.parametrize(
+    "chunks, message",
+    [
+        ([Chunk(sequence(17), 0, 17, True, [0] * 5)], "prompt tokens in one step = 17 must be at most 16"),
+        ([Chunk(sequence(1), 0, 1, True, [0])] * 4, "prompts in one step = 4 must be at most 3"),
+        ([Chunk(sequence(5), 0, 5, True, [0])], "sequence 5 has pages for 4 tokens, 5 are to be run"),
+        ([Chunk(sequence(5), 4, 2, True, [0, 1])], r"sequence 5 has 5 tokens, \[4, 6\) were asked for"),
+    ],
+)
+def test_a_step_that_cannot_be_is_refused(chunks: list[Chunk], message: str):
+    with pytest.raises(ValueError, match=message):
+        programs.pack_prefill(SHAPES, chunks)
+
+
+def test_sampling_parameters_survive_packing():
+    row = Sequence(0, [1], SamplingParams(temperature=0.7, top_p=0.9, top_k=5), seed=-2, index=3)
+    words = np.asarray([sampling.pack(row)], np.int32)
+    temperature, top_p, top_k, seed, index = jax.jit(sampling.unpack)(words)
+    assert (temperature[0], top_p[0], top_k[0], index[0]) == (np.float32(0.7), np.float32(0.9), 5, 3)
+    assert (int(seed[0, 0]) << 32 | int(seed[0, 1])) == -2 % 2**64
+
+
+def edited(state: np.ndarray, edits: Edits) -> np.ndarray:
+    packed = edits.pack()
+    assert packed is not None
+    bucket, rows = packed
+    return np.asarray(programs.edit(model(), SHAPES, bucket)(state, rows))
+
+
+def test_edits_join_leave_and_grow_slots_and_leave_the_others_alone():
+    before = np.arange(4 * DecodeState.columns(SHAPES), dtype=np.int32).reshape(4, -1)
+    edits = Edits(SHAPES)
+    edits.join(2, sequence(5, output=2), [8, 6])
+    edits.leave(0)
+    edits.grow(3, 1, (55, 56))
+    after = edited(before.copy(), edits)
+    state = DecodeState.of(after)
+    assert (state.token[2], state.position[2], state.active[2]) == (201, 6, 1)
+    assert state.page_table[2].tolist() == [8, 6, 0, 0, 0, 0, 0, 0]
+    assert not after[0].any()
+    assert np.array_equal(after[1], before[1])
+    expected = before[3].copy()
+    expected[programs.FIRST_PAGE + 1 : programs.FIRST_PAGE + 3] = 55, 56
+    assert np.array_equal(after[3], expected)
+
+
+def test_nothing_is_sent_when_nothing_changes():
+    assert Edits(SHAPES).pack() is None
+
+
+def test_a_sequence_at_its_longest_writes_over_nobody():
+    """A step planned before the host knew that it was the last must not spoil a page."""
+    this: Any = model()
+    params = jax.tree.map(lambda leaf: jax.device_put(jnp.ones(leaf.shape, leaf.dtype), leaf.sharding), this.params)
+    program = programs.decode(this, SHAPES)
+    edits = Edits(SHAPES)
+    edits.join(0, sequence(33), [5] * 8)
+    pool, state = (
+        programs.fresh_pool(this, SHAPES)(),
+        edited(np.zeros((4, DecodeState.columns(SHAPES)), np.int32), edits),
+    )
+    pool, state, _ = program(params, pool, state)
+    assert not any(np.asarray(layer).any() for layer in (*pool["k"], *pool["v"]))
