@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
 from typing import Any
+
+log = logging.getLogger(__name__)
+
+CLOSE_S = 30
+"""Longest wait for a device at the end, in seconds."""
 
 
 class Reader:
@@ -20,9 +26,11 @@ class Reader:
         self._calls.put((call, args))
 
     def close(self) -> None:
-        """Make the calls that were put, then end the thread."""
+        """Make the calls that were put, then end the thread; a device that hangs is not waited for."""
         self._calls.put(None)
-        self._thread.join()
+        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            log.error("%s still waits for a device after %d s; left behind", self._thread.name, CLOSE_S)
 
     def _work(self) -> None:
         while (item := self._calls.get()) is not None:

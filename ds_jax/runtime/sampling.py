@@ -18,13 +18,15 @@ from ds_jax.runtime.sequence import Sequence
 
 COLUMNS = 6
 """Int32 words that hold the sampling parameters of one sequence."""
+GREEDY_BELOW = 1e-5
+"""A temperature so low is greedy: dividing by it would leave the range of float32."""
 
 
 class Sampling(NamedTuple):
     """Sampling parameters of B sequences."""
 
     temperature: Float[Array, " B"]
-    """0 is greedy."""
+    """Below GREEDY_BELOW is greedy."""
     top_p: Float[Array, " B"]
     top_k: Int[Array, " B"]
     """0 keeps all."""
@@ -70,7 +72,7 @@ def scores(
     logits: Float[Array, "B V"], sampling: Sampling, positions: Int[Array, " B"], wanted: Array | None = None
 ) -> Float[Array, "B V"]:
     """What `sample` takes the largest of: logits / temperature, cut by top_k and top_p, plus noise."""
-    hot = sampling.temperature > 0
+    hot = sampling.temperature >= GREEDY_BELOW
     if wanted is not None:
         hot = hot & wanted
     # Rows in which no noise is wanted divide by 1: a greedy row must not see its logits changed.

@@ -96,6 +96,13 @@ def test_the_first_of_equal_logits_is_the_greedy_choice():
     assert sample(logits, [row(temperature=0.0)], [0]) == [4]
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-45])
+def test_a_temperature_too_low_to_divide_by_is_greedy(temperature: float):
+    logits = np.asarray([[-1e4, 2e4, 2.1e4, 3.0]], np.float32)
+    words = np.asarray([sampling.pack(row(temperature=temperature, top_p=0.5))], np.int32)
+    assert program(1)(logits, words, np.zeros(1, np.int32)).tolist() == [2]
+
+
 def test_a_token_does_not_depend_on_the_rest_of_the_batch():
     rng = np.random.default_rng(0)
     rows = [
