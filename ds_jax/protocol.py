@@ -48,8 +48,9 @@ class Slo:
 class Request:
     """One request as the scheduler sees it: lengths and limits, never the tokens themselves.
 
-    `id` also names its one sequence. `max_tokens` bounds the output. `deadline_ns` is a point on the scheduler's
-    clock. `lockstep` marks a sequence whose last token's value is needed before its next step is planned.
+    Its `n` sequences are `id` to `id + n - 1`: outputs of one prompt, each of at most `max_tokens`. `deadline_ns` is a
+    point on the scheduler's clock. `lockstep` marks sequences whose last token's value is needed before their next
+    step is planned.
     """
 
     id: int
@@ -59,6 +60,12 @@ class Request:
     deadline_ns: int | None = None
     slo: Slo | None = None
     lockstep: bool = False
+    n: int = 1
+
+    @property
+    def sequences(self) -> range:
+        """Ids of its sequences."""
+        return range(self.id, self.id + self.n)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +154,11 @@ Event = Arrived | Stopped | StepDone | CopyDone | InstanceUp | InstanceLost | Dr
 
 
 class Prefill(NamedTuple):
-    """Run tokens [start, start + length) of prompt + confirmed output; sample one more token if `samples`."""
+    """Run tokens [start, start + length) of prompt + confirmed output; sample one more token if `samples`.
+
+    A length of 0 forks: the sequence has the same prompt as the entry before it, and samples a first token of its own
+    from what that entry computed. It owns the same pages and gets no page table here.
+    """
 
     sequence: int
     start: int
@@ -193,7 +204,8 @@ class Run:
 @dataclass(frozen=True, slots=True)
 class Copy:
     """Move KV pages: (source page, destination page) pairs in order of position. The destination's page table of the
-    sequence begins anew with the first copy of a series; `last` ends the series."""
+    sequence begins anew with the first copy of a series; `last` ends the series. `shared` are pages that the
+    destination holds already, of a sequence with the same prompt: the table begins with them."""
 
     id: int
     sequence: int
@@ -201,6 +213,7 @@ class Copy:
     destination: Place
     pages: tuple[tuple[int, int], ...]
     last: bool = True
+    shared: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

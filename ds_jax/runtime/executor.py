@@ -289,10 +289,7 @@ class InProcessExecutor:
         copy = flight.copy
         if flight.wanted:
             try:
-                pages = [there for _, there in copy.pages]
-                self._instances[copy.destination.instance].receive(
-                    flight.route, copy.sequence, pages, flight.pieces, copy.last
-                )
+                self._instances[copy.destination.instance].receive(flight.route, copy, flight.pieces)
             except Exception as error:
                 log.exception("copy %d could not be inserted", copy_id)
                 self._answer_copy(copy, False)

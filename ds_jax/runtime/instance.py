@@ -109,13 +109,16 @@ class Instance:
         return results
 
     def _run_prefills(self, prefills: Sequence[protocol.Prefill], sequences: Mapping[int, TokenSequence]) -> Result:
-        chunks = []
+        chunks: list[Chunk] = []
+        table: list[int] = []
         for sequence, start, length, samples, new_pages in prefills:
             if start == 0:
-                self.tables[sequence] = list(new_pages)
-            else:
-                self.tables[sequence].extend(new_pages)
-            chunks.append(Chunk(sequences[sequence], start, length, samples, self.tables[sequence]))
+                table = self.tables[sequence] = list(new_pages)
+            elif length:
+                table = self.tables[sequence]
+                table.extend(new_pages)
+            # A fork has no tokens: its row samples from the last token before it, and the table is its leader's.
+            chunks.append(Chunk(sequences[sequence], start, length, samples, table))
         bucket, packed = programs.pack_prefill(self.shapes, chunks)
         self.pool, tokens = self._programs["prefill", bucket](self.params, self.pool, packed)
         return Result(tokens, [(prefill.sequence, row) for row, prefill in enumerate(prefills) if prefill.samples])
@@ -155,16 +158,17 @@ class Instance:
         bucket = bucket_for(len(pages), self.shapes.page_buckets, "pages in one copy")
         return route.send(self._programs["gather", route.cut, bucket](self.pool, handover.pad(pages, bucket, 0)))
 
-    def receive(self, route: Route, sequence: int, pages: Sequence[int], pieces: list[jax.Array], last: bool) -> None:
-        """Put landed pieces into these pages, and the pages into the sequence's table."""
+    def receive(self, route: Route, copy: protocol.Copy, pieces: list[jax.Array]) -> None:
+        """Put landed pieces into their pages, and the pages into the sequence's table."""
+        pages, sequence = [there for _, there in copy.pages], copy.sequence
         bucket = bucket_for(len(pages), self.shapes.page_buckets, "pages in one copy")
         padded = handover.pad(pages, bucket, self.shapes.pages)
         self.pool = self._programs["insert", route.cut, bucket](self.pool, padded, route.assemble(pieces))
         if sequence in self._unfinished:
             self.tables[sequence].extend(pages)
         else:
-            self.tables[sequence] = list(pages)
-        (self._unfinished.discard if last else self._unfinished.add)(sequence)
+            self.tables[sequence] = [*copy.shared, *pages]
+        (self._unfinished.discard if copy.last else self._unfinished.add)(sequence)
 
     def delete(self) -> None:
         """Free all device memory at once. Nothing may be in flight."""

@@ -48,19 +48,43 @@ class DecodeState(InstanceState):
     def pull(self, flight: Flight) -> Copy | None:
         """The pull rule: FIFO; while sequences without a slot hold less than the watermark, and the pages are free.
 
-        Asks for room for the token after the prompt too, so that what was pulled can take at least one step.
+        Asks for room for the token after the prompt too, so that what was pulled can take at least one step. Full
+        pages of the prompt that a sequence of the same request has here already are shared, not pulled again.
         """
         sequence = next(iter(self.inbox.values()), None)
         if sequence is None or (self.waiting_pages and self.waiting_pages >= self.pull_limit):
             return None
-        if not self.ledger.can_take(sequence.tokens):
+        relatives = [relative for relative in sequence.family if relative is not sequence]
+        if any(relative.copy is not None and self._receives(relative, flight) for relative in relatives):
+            return None  # its pages can be shared as soon as they have landed
+        shared = next((self._shareable(relative) for relative in relatives if self._holds(relative)), [])
+        if not self.ledger.can_take(sequence.tokens, len(shared)):
             return None
         self.withdraw(sequence)
-        lease = self.ledger.take(sequence.tokens - 1)
+        lease = self.ledger.take(sequence.tokens - 1, shared)
         self.waiting_pages += len(lease.pages)
-        copy = flight.launch_copy(sequence, sequence.home, self, lease)
+        copy = flight.launch_copy(sequence, sequence.home, self, lease, len(shared))
         sequence.phase = Phase.COPYING
         return copy
+
+    def expects(self, sequence: Sequence, flight: Flight) -> bool:
+        """Whether the sequence's pages are here, on their way here, or to be pulled by this instance."""
+        return (
+            sequence.id in self.inbox
+            or self._holds(sequence)
+            or (sequence.copy is not None and self._receives(sequence, flight))
+        )
+
+    def _receives(self, sequence: Sequence, flight: Flight) -> bool:
+        return flight.copy_of(sequence).destination[0] is self
+
+    def _holds(self, sequence: Sequence) -> bool:
+        return sequence.home is self and sequence.phase in (Phase.LANDED, Phase.RUNNING)
+
+    def _shareable(self, sequence: Sequence) -> list[int]:
+        """Pages of the sequence that hold nothing but its prompt, and are full: nobody writes to them any more."""
+        assert sequence.lease is not None
+        return sequence.lease.pages[: sequence.request.prompt_tokens // self.instance.page_size]
 
     def land(self, sequence: Sequence) -> None:
         """Its pages are here; `lease` and `home` are this instance's from now on."""

@@ -21,6 +21,7 @@ from ds_jax.protocol import (
     InstanceLost,
     InstanceUp,
     Reject,
+    Request,
     Role,
     Run,
     SetTimer,
@@ -67,8 +68,7 @@ class Disaggregated:
             case StepDone(step, emitted):
                 self._on_step_done(step, emitted)
             case Arrived(request):
-                self._on_arrived(Sequence(request, self._arrivals))
-                self._arrivals += 1
+                self._on_arrived(request)
             case Stopped(sequence):
                 self._end(sequence)
             case CopyDone(copy, ok):
@@ -86,15 +86,27 @@ class Disaggregated:
 
     # --- requests come and go -----------------------------------------------------------------------------------------
 
-    def _on_arrived(self, sequence: Sequence) -> None:
-        request = sequence.request
-        if why := self._cannot_ever_run(sequence):
-            self._commands.append(Reject(request.id, why))
+    def _on_arrived(self, request: Request) -> None:
+        family = [Sequence(request, self._arrivals + index, id) for index, id in enumerate(request.sequences)]
+        self._arrivals += request.n
+        leader, *forks = family
+        if why := self._cannot_ever_run(leader):
+            self._commands.extend(Reject(sequence.id, why) for sequence in family)
             return
-        self.sequences[request.id] = sequence
-        if request.deadline_ns is not None:
-            self._commands.append(SetTimer(f"deadline:{request.id}", request.deadline_ns))
-        self._wait_for_prefill(sequence, replay=False)
+        for sequence in family:
+            sequence.family = family
+            self.sequences[sequence.id] = sequence
+            if request.deadline_ns is not None:
+                self._commands.append(SetTimer(f"deadline:{sequence.id}", request.deadline_ns))
+        self._lead(leader, forks)
+        self._wait_for_prefill(leader, replay=False)
+
+    def _lead(self, leader: Sequence, forks: list[Sequence]) -> None:
+        """The forks wait for the leader's prefill."""
+        leader.forks = forks
+        for fork in forks:
+            fork.phase = Phase.FOLLOWING
+            fork.home = leader
 
     def _cannot_ever_run(self, sequence: Sequence) -> str | None:
         """A sequence must fit whole into a prefill pool (it may have to be replayed) and into a decode pool."""
@@ -106,6 +118,9 @@ class Disaggregated:
                     f"prompt and max_tokens ask for KV pages of {sequence.most_tokens} tokens; "
                     f"the largest {role} pool holds {largest}"
                 )
+        rows = [one.max_step_sequences for one in self._known.values() if one.role is Role.PREFILL]
+        if rows and sequence.request.n > max(rows):
+            return f"n = {sequence.request.n} must be at most {max(rows)}, the prompts that one prefill step holds"
         return None
 
     def _on_timer(self, key: str) -> None:
@@ -124,12 +139,19 @@ class Disaggregated:
             sequence.home.ledger.drop(sequence.lease)
             sequence.lease = None
         sequence.phase = Phase.ENDED
+        if sequence.forks:  # it was to lead them through prefill: the oldest does so now
+            leader, *forks = sequence.forks
+            sequence.forks = []
+            self._lead(leader, forks)
+            self._wait_for_prefill(leader, replay=True)
 
     def _take_out(self, sequence: Sequence) -> None:
         """Remove the sequence from whatever queue or batch it is in."""
-        if sequence.home is not None:
+        if isinstance(sequence.home, InstanceState):
             self._touch(sequence.home)
         match sequence.phase:
+            case Phase.FOLLOWING:
+                sequence.home.forks.remove(sequence)
             case Phase.WAITING:
                 if self._homeless.pop(sequence.id, None) is None:
                     sequence.home.dequeue(sequence)
@@ -204,12 +226,23 @@ class Disaggregated:
         """Let the least loaded decode instance pull the sequence."""
         sequence.phase = Phase.READY
         sequence.copy = None
-        state = _least_loaded(self._decode.values(), sequence)
+        state = self._with_family(sequence) or _least_loaded(self._decode.values(), sequence)
         if state is None:
             self._homeless[sequence.id] = sequence
         else:
             state.offer(sequence)
             self._touch(state)
+
+    def _with_family(self, sequence: Sequence) -> DecodeState | None:
+        """The decode instance that has, or will have, a sequence of the same request, whose pages can be shared."""
+        if len(sequence.family) == 1:
+            return None
+        for state in self._decode.values():
+            if not state.draining and _fits(sequence, state.instance):
+                for relative in sequence.family:
+                    if relative is not sequence and state.expects(relative, self._flight):
+                        return state
+        return None
 
     def _withdraw(self, sequence: Sequence) -> None:
         """Take a READY sequence back from whoever was to pull it."""
@@ -255,8 +288,9 @@ class Disaggregated:
                 raise ValueError(f"policy disaggregated has no use for instance {instance.id} of role {instance.role}")
         for sequence in _by_age(self._homeless.values()):
             if why := self._cannot_ever_run(sequence):
-                self._commands.append(Reject(sequence.id, why))
-                self._end(sequence.id)
+                for doomed in [*sequence.forks, sequence]:
+                    self._commands.append(Reject(doomed.id, why))
+                    self._end(doomed.id)
             else:
                 del self._homeless[sequence.id]
                 if sequence.phase is Phase.READY:

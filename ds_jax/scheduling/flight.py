@@ -93,11 +93,14 @@ class Flight:
                 flight.state.ledger.unpin(lease)
         return flight
 
-    def launch_copy(self, sequence: Sequence, source: InstanceState, destination: InstanceState, lease: Lease) -> Copy:
-        """Move all pages of the sequence's lease into `lease` at the destination."""
+    def launch_copy(
+        self, sequence: Sequence, source: InstanceState, destination: InstanceState, lease: Lease, shared: int = 0
+    ) -> Copy:
+        """Move the pages of the sequence's lease into `lease` at the destination; the first `shared` are there."""
         assert sequence.lease is not None
-        pages = tuple(zip(sequence.lease.pages, lease.pages, strict=True))
-        copy = Copy(self._next_copy, sequence.id, source.place, destination.place, pages)
+        pages = tuple(zip(sequence.lease.pages, lease.pages, strict=True))[shared:]
+        held = tuple(lease.pages[:shared])
+        copy = Copy(self._next_copy, sequence.id, source.place, destination.place, pages, shared=held)
         self._next_copy += 1
         flight = CopyInFlight(copy, sequence, (source, sequence.lease), (destination, lease))
         for state, end in (flight.source, flight.destination):

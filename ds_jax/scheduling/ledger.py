@@ -4,13 +4,15 @@ Pages are held through a `Lease`: one sequence's pages on one instance, in order
 pins the leases that it names. The pages of a lease go back to the free list when nobody holds it and nothing pins it,
 so that a page can never be handed out while a device may still read or write it.
 
-Accounts are kept per lease and not per page, so that pinning a sequence costs the same for ten tokens as for ten
-thousand; per page, `references(page) == holders + pins` still holds when a lease counts once as long as it lives.
+Pins are kept per lease and not per page, so that pinning a sequence costs the same for ten tokens as for ten thousand.
+A lease lives while it is held or pinned, a page is free when no living lease contains it, and leases of sequences with
+the same prompt may share its pages (copy on write: a page that will be written to again is never shared).
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from ds_jax.protocol import pages_for
 
@@ -18,10 +20,12 @@ from ds_jax.protocol import pages_for
 class Lease:
     """One sequence's pages on one instance, in order of position."""
 
-    __slots__ = ("held", "pages", "pins")
+    __slots__ = ("held", "leaving", "pages", "pins")
 
     def __init__(self, pages: list[int]):
         self.pages = pages
+        self.leaving = 0
+        """Pages that come free with it, once it is dropped and only pinned."""
         self.held = True
         self.pins = 0
 
@@ -34,6 +38,7 @@ class PageLedger:
         self.page_size = page_size
         self._free = list(range(pages - 1, -1, -1))
         self._leases: set[Lease] = set()
+        self._references = [0] * pages
         self._leaving = 0
 
     @property
@@ -50,12 +55,16 @@ class PageLedger:
         """Pages that nobody holds any more and that come free when what pins them is done."""
         return self._leaving
 
-    def can_take(self, tokens: int) -> bool:
-        return pages_for(tokens, self.page_size) <= len(self._free)
+    def can_take(self, tokens: int, shared: int = 0) -> bool:
+        """Whether pages for `tokens` tokens are free, `shared` of them not counted."""
+        return pages_for(tokens, self.page_size) - shared <= len(self._free)
 
-    def take(self, tokens: int) -> Lease:
-        """Lease the pages for `tokens` tokens; `can_take` must hold."""
-        lease = Lease(self._pop(pages_for(tokens, self.page_size)))
+    def take(self, tokens: int, shared: Sequence[int] = ()) -> Lease:
+        """Lease the pages for `tokens` tokens, the first of them `shared` with a living lease; `can_take` must hold."""
+        assert all(self._references[page] for page in shared), "only leased pages are shared"
+        for page in shared:
+            self._references[page] += 1
+        lease = Lease([*shared, *self._pop(pages_for(tokens, self.page_size) - len(shared))])
         self._leases.add(lease)
         return lease
 
@@ -71,7 +80,8 @@ class PageLedger:
         assert lease.held, "a lease is dropped once"
         lease.held = False
         if lease.pins:
-            self._leaving += len(lease.pages)
+            lease.leaving = sum(self._references[page] == 1 for page in lease.pages)
+            self._leaving += lease.leaving
         else:
             self._reclaim(lease)
 
@@ -83,12 +93,12 @@ class PageLedger:
         """That step or copy is done."""
         lease.pins -= 1
         if not lease.pins and not lease.held:
-            self._leaving -= len(lease.pages)
+            self._leaving -= lease.leaving
             self._reclaim(lease)
 
     def references(self, page: int) -> int:
         """Living leases that contain the page."""
-        return sum(page in lease.pages for lease in self._leases)
+        return self._references[page]
 
     def check(self) -> None:
         """Recount everything.
@@ -99,11 +109,12 @@ class PageLedger:
         counts = Counter(page for lease in self._leases for page in lease.pages)
         assert all(lease.held or lease.pins > 0 for lease in self._leases), "a lease lives without holder or pin"
         assert all(lease.pins >= 0 for lease in self._leases), "a lease was unpinned too often"
-        assert all(count == 1 for count in counts.values()), f"pages leased twice: {counts}"
+        assert all(len(set(lease.pages)) == len(lease.pages) for lease in self._leases), "a lease has a page twice"
+        assert all(counts[page] == count for page, count in enumerate(self._references)), "references are off"
         assert len(set(self._free)) == len(self._free), "a page is free twice"
         assert not counts.keys() & set(self._free), "a leased page is free"
         assert len(self._free) + len(counts) == self.pages, "a page is neither free nor leased"
-        assert self._leaving == sum(len(lease.pages) for lease in self._leases if not lease.held), "leaving is off"
+        assert self._leaving == sum(lease.leaving for lease in self._leases if not lease.held), "leaving is off"
 
     def _pop(self, pages: int) -> list[int]:
         assert pages <= len(self._free), f"{pages} pages asked for, {len(self._free)} are free"
@@ -111,8 +122,13 @@ class PageLedger:
             return []
         new = self._free[-pages:][::-1]
         del self._free[-pages:]
+        for page in new:
+            self._references[page] = 1
         return new
 
     def _reclaim(self, lease: Lease) -> None:
         self._leases.remove(lease)
-        self._free.extend(reversed(lease.pages))
+        for page in reversed(lease.pages):
+            self._references[page] -= 1
+            if not self._references[page]:
+                self._free.append(page)

@@ -27,7 +27,8 @@ class PrefillState(InstanceState):
         sequence.home = self
         sequence.phase = Phase.WAITING
         sequence.prefilled = 0
-        self.load += sequence.tokens
+        sequence.charged = sequence.tokens
+        self.load += sequence.charged
         if replay:
             bisect.insort(self.replays, sequence, key=lambda waiting: waiting.order)
         else:
@@ -37,7 +38,7 @@ class PrefillState(InstanceState):
         """Take out a sequence that waits."""
         if self.queue.pop(sequence.id, None) is None:
             self.replays.remove(sequence)
-        self.load -= sequence.tokens
+        self._discharge(sequence)
 
     def waiting(self) -> list[Sequence]:
         return [*self.replays, *self.queue.values()]
@@ -50,8 +51,16 @@ class PrefillState(InstanceState):
         batch = [self.partial] if self.partial is not None else self._next_batch()
         if not batch:
             return None
-        prefills = tuple([self._next_chunk(sequence) for sequence in batch])
-        return flight.launch(self, lane, batch, prefills=prefills)
+        sequences: list[Sequence] = []
+        prefills: list[Prefill] = []
+        for sequence in batch:
+            sequences.append(sequence)
+            prefills.append(self._next_chunk(sequence))
+            if prefills[-1].samples:
+                for fork in self._fork(sequence):
+                    sequences.append(fork)
+                    prefills.append(Prefill(fork.id, sequence.prefilled, 0, True))
+        return flight.launch(self, lane, sequences, prefills=tuple(prefills))
 
     def _next_batch(self) -> list[Sequence]:
         """Strict head of line: stop at the first prompt that breaks one of the three limits.
@@ -63,9 +72,10 @@ class PrefillState(InstanceState):
         instance = self.instance
         limit = min(instance.saturation_tokens, instance.max_step_tokens)
         batch: list[Sequence] = []
-        tokens = 0
+        tokens = rows = 0
         while (head := self._head()) is not None:
-            room = len(batch) < instance.max_step_sequences
+            rows += 1 + len(head.forks)
+            room = rows <= instance.max_step_sequences
             if not room or (batch and tokens + head.tokens > limit) or not self.ledger.can_take(head.tokens):
                 break
             if self.queue.pop(head.id, None) is None:
@@ -97,9 +107,20 @@ class PrefillState(InstanceState):
         pages = () if start else tuple(sequence.lease.pages)
         return Prefill(sequence.id, start, length, samples, pages)
 
+    def _fork(self, leader: Sequence) -> list[Sequence]:
+        """The sequences that follow the leader sample beside it, and hold the same pages."""
+        forks, leader.forks = leader.forks, []
+        assert leader.lease is not None
+        for fork in forks:
+            fork.home = self
+            fork.phase = Phase.PREFILLING
+            fork.planned += 1
+            fork.lease = self.ledger.take(leader.tokens, leader.lease.pages)
+        return forks
+
     def land(self, sequence: Sequence, emitted: int) -> None:
         """The sequence's last chunk is done and `emitted` (0 or 1) tokens of it were kept."""
-        self.load -= sequence.tokens
+        self._discharge(sequence)
         sequence.planned -= 1
         sequence.emitted += emitted
         sequence.phase = Phase.READY
@@ -107,8 +128,12 @@ class PrefillState(InstanceState):
     def abandon(self, sequence: Sequence) -> None:
         """Let go of a sequence whose prefill is planned and not done."""
         assert sequence.lease is not None
-        self.load -= sequence.tokens
+        self._discharge(sequence)
         if self.partial is sequence:
             self.partial = None
         self.ledger.drop(sequence.lease)
         sequence.lease = None
+
+    def _discharge(self, sequence: Sequence) -> None:
+        self.load -= sequence.charged
+        sequence.charged = 0

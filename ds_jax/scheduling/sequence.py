@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class Phase(enum.Enum):
     WAITING = enum.auto()
     """In a prefill queue, or waiting for a prefill instance to exist."""
+    FOLLOWING = enum.auto()
+    """Waits to sample from the prefill of another sequence of the same request, its leader."""
     PREFILLING = enum.auto()
     """Has pages for its whole prompt; chunks of it are in flight, or more are to come."""
     READY = enum.auto()
@@ -45,9 +47,13 @@ class Sequence:
     """Counts and whereabouts of one living sequence."""
 
     __slots__ = (
+        "charged",
         "copy",
         "emitted",
+        "family",
+        "forks",
         "home",
+        "id",
         "lane",
         "lease",
         "order",
@@ -59,8 +65,9 @@ class Sequence:
         "steps",
     )
 
-    def __init__(self, request: Request, order: int):
+    def __init__(self, request: Request, order: int, id: int | None = None):
         self.request = request
+        self.id = request.id if id is None else id
         self.order = order
         """Place in the order of arrival: lower is older."""
         self.phase = Phase.WAITING
@@ -70,6 +77,8 @@ class Sequence:
         """Output tokens that steps in flight will sample."""
         self.prefilled = 0
         """Tokens whose prefill is planned, in the present replay."""
+        self.charged = 0
+        """Tokens that its prefill counts in the load of the instance where it waits."""
         self.steps = 0
         """Steps in flight that name it."""
         self.home: Any = None
@@ -79,10 +88,10 @@ class Sequence:
         self.slot = 0
         self.copy: int | None = None
         """Copy in flight."""
-
-    @property
-    def id(self) -> int:
-        return self.request.id
+        self.forks: list[Sequence] = []
+        """Sequences that follow this one: n > 1 outputs share the prefill of their prompt."""
+        self.family: list[Sequence] = [self]
+        """All sequences of the request."""
 
     @property
     def tokens(self) -> int:

@@ -13,7 +13,7 @@ from jax._src.array import ArrayImpl
 from jax.sharding import NamedSharding
 
 from ds_jax.architecture import Architecture
-from ds_jax.protocol import Role
+from ds_jax.protocol import Copy, Place, Role
 from ds_jax.runtime.handover import Cut, Route
 from ds_jax.runtime.instance import Instance
 from ds_jax.runtime.programs import Model
@@ -95,7 +95,8 @@ def test_pages_arrive_bit_for_bit(tps: tuple[int, int], kv_heads: int, dtype: An
     route = Route(cut, destination.model.mesh)
     pieces = source.send(route, here)
     jax.block_until_ready(pieces)
-    destination.receive(route, 5, there, pieces, last=True)
+    copy = Copy(0, 5, Place(0, 0), Place(1, 0), tuple(zip(here, there, strict=True)))
+    destination.receive(route, copy, pieces)
     jax.block_until_ready(destination.pool)
     assert not host_reads
 
