@@ -6,12 +6,11 @@ files that model.safetensors.index.json lists.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import json
 import math
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +19,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from safetensors import safe_open
 
-from ds_jax.architecture import DTYPE_BYTES, Architecture
-from models.families import architecture_of
+from ds_jax.architecture import Architecture
+from models.families import prefix
+from models.folder import CHECKOUT, Checkpoint, find_folder, read_configs
 from models.layout import Parameter, parameters
 from models.sharding import TENSOR, sharding_of
+from models.tensor_files import DTYPES, StoredTensor, find_tensors, read_header
 from models.transformer import Params, random_matrix
 
-CHECKOUT = Path(__file__).resolve().parent.parent
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SAFETENSORS_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
-"""Types of tensors that can be read."""
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where one tensor lies: its file, its name there, its shape."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint that has been looked through but not read."""
-
-    folder: Path
-    arch: Architecture
-    dtype: str
-    """The type that config.json names: float32, bfloat16 or float16."""
-    eos_token_ids: tuple[int, ...]
-    """Tokens that end a text."""
-    tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
-    """Every tensor by name; empty where the weights are dummies."""
+IGNORED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+"""Ends of the names of constants that older checkpoints keep beside the weights."""
 
 
 def open_checkpoint(path: str | Path, load_format: str = "safetensors") -> Checkpoint:
-    """Look through a checkpoint: the config, and the headers of its weight files.
+    """Look through a checkpoint: the configs, and the headers of its weight files.
 
     Args:
         path: the folder; where it does not exist, it is taken relative to the checkout.
@@ -67,36 +41,45 @@ def open_checkpoint(path: str | Path, load_format: str = "safetensors") -> Check
 
     Raises:
         FileNotFoundError: no such folder, or a file missing from it.
-        ValueError: something unsupported, a truncated file, a tensor that is missing or has the wrong shape.
+        ValueError: something unsupported, a truncated file, a tensor too few or too many, or of the wrong shape or
+            type.
     """
-    folder = find_folder(path)
-    config = _read_json(folder / "config.json", "a Hugging Face folder has one")
-    if config.get("quantization_config"):
-        method = dict(config["quantization_config"]).get("quant_method", "unknown")
-        raise ValueError(f"{folder}: the weights are quantised ({method}), which is not supported")
-    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    if dtype not in DTYPE_BYTES:
-        raise ValueError(f"{folder}: dtype = {dtype!r} is not supported; known are {', '.join(DTYPE_BYTES)}")
-    try:
-        arch = architecture_of(config)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
-    tensors: dict[str, StoredTensor] = {}
-    if load_format == "safetensors":
-        tensors = _find_tensors(folder)
-        _check_tensors(folder, arch, tensors)
-    elif load_format != "dummy":
+    checkpoint = read_configs(path)
+    if load_format == "dummy":
+        return checkpoint
+    if load_format != "safetensors":
         raise ValueError(f"load_format = {load_format!r} must be safetensors or dummy")
-    return Checkpoint(folder, arch, dtype, _eos_token_ids(folder, config), tensors)
+    tensors = find_tensors(checkpoint.folder)
+    # Older checkpoints of the bare decoder lack the prefix.
+    before = prefix(checkpoint.arch)
+    if not any(name.startswith(before) for name in tensors):
+        tensors = {name if name.startswith("lm_head.") else before + name: tensor for name, tensor in tensors.items()}
+    _check_tensors(checkpoint.folder, checkpoint.arch, tensors)
+    return dataclasses.replace(checkpoint, tensors=tensors)
 
 
-def load_params(checkpoint: Checkpoint, mesh: Mesh, dtype: Any) -> Params:
-    """Read the weights onto `mesh`, each device its own slices.
+def bytes_to_read(checkpoint: Checkpoint, mesh: Mesh) -> int:
+    """Bytes that `load_params` reads from the files for this mesh."""
+    return sum(
+        math.prod(parameter.shape[1:])
+        * min(parameter.shape[0], checkpoint.arch.vocab_size if parameter.axes[0] == "vocab" else parameter.shape[0])
+        * DTYPES[checkpoint.tensors[parameter.names[0]].dtype].itemsize
+        for parameter in parameters(checkpoint.arch, mesh.shape[TENSOR])
+    )
+
+
+def load_params(
+    checkpoint: Checkpoint, mesh: Mesh, dtype: Any, progress: Callable[[int], object] = lambda bytes_read: None
+) -> Params:
+    """Read the weights onto `mesh`, each device its own slices, one after the other.
+
+    Host memory holds no more than one device's part of one parameter, and what it is joined of, at any time.
 
     Args:
         checkpoint: an opened checkpoint with tensors.
         mesh: of one instance, from `models.sharding.make_mesh`.
         dtype: what the weights are cast to.
+        progress: is told the bytes of every slice that has been read, `bytes_to_read` in all.
 
     Returns:
         The parameters as nested dicts of sharded arrays, as `models.transformer.abstract_params` describes them.
@@ -104,19 +87,35 @@ def load_params(checkpoint: Checkpoint, mesh: Mesh, dtype: Any) -> Params:
     Raises:
         ValueError: the mesh's tp does not fit the architecture.
     """
-    files: dict[Path, Any] = {}
 
-    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        tensor = checkpoint.tensors[name]
-        if tensor.file not in files:
-            files[tensor.file] = safe_open(tensor.file, framework="numpy")
-        return np.asarray(files[tensor.file].get_slice(tensor.name)[index])
+    def part(parameter: Parameter, index: tuple[slice, ...]) -> np.ndarray:
+        read = 0
+
+        def view(name: str, rows: tuple[slice, ...]) -> np.ndarray:
+            nonlocal read
+            found = checkpoint.tensors[name].view(rows)
+            read += found.nbytes
+            return found
+
+        joined = parameter.join(index, view)
+        # What is a view still (and so cannot be written to) would keep the file mapped, and change with it.
+        copied = joined.astype(jnp.dtype(dtype), order="C", copy=not joined.flags.writeable)
+        progress(read)
+        return copied
 
     def load(parameter: Parameter) -> jax.Array:
-        def part(index: Any) -> np.ndarray:
-            return parameter.join(index, read).astype(jnp.dtype(dtype))
-
-        return jax.make_array_from_callback(parameter.shape, sharding_of(parameter.axes, mesh), part)
+        sharding = sharding_of(parameter.axes, mesh)
+        where: dict[Any, list[jax.Device]] = {}
+        for device, index in sharding.addressable_devices_indices_map(parameter.shape).items():
+            where.setdefault(tuple((cut.start, cut.stop) for cut in index or ()), []).append(device)
+        pieces = []
+        for bounds, devices in where.items():
+            numbers = part(parameter, tuple(slice(*bound) for bound in bounds))
+            pieces += [jax.device_put(numbers, device) for device in devices]
+            # Otherwise copies would queue up, each with its numbers.
+            jax.block_until_ready(pieces)
+            del numbers
+        return jax.make_array_from_single_device_arrays(parameter.shape, sharding, pieces)
 
     return _tree({parameter.path: load(parameter) for parameter in parameters(checkpoint.arch, mesh.shape[TENSOR])})
 
@@ -150,19 +149,6 @@ def tensors_of(arch: Architecture, params: Params) -> dict[str, np.ndarray]:
     }
 
 
-def find_folder(path: str | Path) -> Path:
-    """The folder as given, or else under the checkout.
-
-    Raises:
-        FileNotFoundError: it is in neither place.
-    """
-    given = Path(path).expanduser()
-    for folder in (given, CHECKOUT / given):
-        if folder.is_dir():
-            return folder
-    raise FileNotFoundError(f"model.path = {str(path)!r}: there is no such folder, here or in {CHECKOUT}")
-
-
 def _dummy(parameter: Parameter, whole: tuple[int, ...], dtype: Any, seed: jax.Array, name: jax.Array) -> jax.Array:
     """Made as tp = 1 has it, then widened, so that the model does not depend on tp."""
     if parameter.fill is not None:
@@ -179,101 +165,44 @@ def _tree(values: Mapping[tuple[str | int, ...], jax.Array]) -> Params:
     return nnx.traversals.unflatten_mapping(dict(values))
 
 
-def _read_json(file: Path, hint: str) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file.parent} has no {file.name}: {hint}") from None
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} must hold a JSON object, not a {type(value).__name__}")
-    return value
-
-
-def _eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    generation = folder / "generation_config.json"
-    value = _read_json(generation, "").get("eos_token_id") if generation.is_file() else None
-    value = config.get("eos_token_id") if value is None else value
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(id, int) and not isinstance(id, bool) for id in ids):
-        raise ValueError(f"{folder}: eos_token_id = {value!r} must be a token id or a list of them")
-    return tuple(ids)
-
-
-def _find_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the folder, from the headers of its files."""
-    index = folder / INDEX
-    if index.is_file():
-        weight_map = _read_json(index, "").get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index} has no weight_map")
-        files = sorted({str(name) for name in weight_map.values()})
-    elif (folder / WEIGHTS).is_file():
-        files = [WEIGHTS]
-    else:
-        raise FileNotFoundError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}")
-    found: dict[str, StoredTensor] = {}
-    for name in files:
-        if Path(name).name != name:
-            raise ValueError(f"{index} names {name!r}, which is not a file of its folder")
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}, which {INDEX} lists")
-        found |= {tensor.name: tensor for tensor in read_header(folder / name)}
-    # Older checkpoints of the bare decoder lack the prefix.
-    if not any(name.startswith("model.") for name in found):
-        found = {name if name.startswith("lm_head.") else "model." + name: tensor for name, tensor in found.items()}
-    return found
-
-
-def read_header(file: Path) -> list[StoredTensor]:
-    """The tensors of one safetensors file, checked against the file's size.
-
-    A file is the header's length (8 bytes), the header (JSON: type, shape and offsets of each tensor), the numbers.
-
-    Raises:
-        ValueError: truncated, or not a safetensors file.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise ValueError(
-                f"{file} is truncated or no safetensors file: its header asks for {length} of {size} bytes"
-            )
-        text = opened.read(length)
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        found = [StoredTensor(file, name, tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()]
-        spans = [tuple(entry["data_offsets"]) for entry in header.values()]
-        end = 8 + length + max((stop for _, stop in spans), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} has a broken safetensors header: {error!r}") from None
-    if size != end:
-        what = "is truncated" if size < end else "is longer than its header says"
-        raise ValueError(f"{file} {what}: it has {size} bytes, and its header asks for {end}")
-    for tensor, (start, stop) in zip(found, spans, strict=True):
-        width = SAFETENSORS_BYTES.get(tensor.dtype)
-        if width is not None and stop - start != width * math.prod(tensor.shape):
-            raise ValueError(
-                f"{file}: tensor {tensor.name} of shape {list(tensor.shape)} has {stop - start} bytes, "
-                f"not {width * math.prod(tensor.shape)}"
-            )
-    return found
-
-
 def _check_tensors(folder: Path, arch: Architecture, tensors: Mapping[str, StoredTensor]) -> None:
-    for parameter in parameters(arch, 1):
-        for name, shape in zip(parameter.names, parameter.tensor_shapes(), strict=True):
-            tensor = tensors.get(name)
-            if tensor is None:
-                raise ValueError(f"{folder}: tensor {name} is missing")
-            if tensor.dtype not in SAFETENSORS_BYTES:
-                known = ", ".join(SAFETENSORS_BYTES)
-                raise ValueError(f"{tensor.file}: tensor {name} has type {tensor.dtype}; supported are {known}")
-            if tensor.shape != shape:
-                raise ValueError(
-                    f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, "
-                    f"but config.json asks for {list(shape)}"
-                )
+    wanted = {
+        name: shape
+        for parameter in parameters(arch, 1)
+        for name, shape in zip(parameter.names, parameter.tensor_shapes(), strict=True)
+    }
+    if missing := [name for name in wanted if name not in tensors]:
+        raise ValueError(f"{folder}: tensor {missing[0]} is missing{_and_more(missing)}")
+    for name, shape in wanted.items():
+        tensor = tensors[name]
+        if tensor.dtype not in DTYPES:
+            known = ", ".join(DTYPES)
+            raise ValueError(f"{tensor.file}: tensor {name} has type {tensor.dtype}; supported are {known}")
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, but config.json asks for {list(shape)}"
+            )
+    # Tied output weights are often stored a second time.
+    ignored = (*IGNORED, "lm_head.weight") if arch.tie_embeddings else IGNORED
+    if unknown := [name for name in tensors if name not in wanted and not name.endswith(ignored)]:
+        raise ValueError(
+            f"{tensors[unknown[0]].file}: tensor {unknown[0]} has no place in the model that config.json describes"
+            f"{_and_more(unknown)}"
+        )
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if names[1:] else ""
+
+
+__all__ = [
+    "CHECKOUT",
+    "Checkpoint",
+    "bytes_to_read",
+    "dummy_params",
+    "find_folder",
+    "load_params",
+    "open_checkpoint",
+    "read_header",
+    "tensors_of",
+]

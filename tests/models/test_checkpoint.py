@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -13,10 +12,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import models.checkpoint
 from ds_jax.architecture import Architecture
-from models.checkpoint import CHECKOUT, dummy_params, find_folder, load_params, open_checkpoint, tensors_of
+from models.checkpoint import (
+    CHECKOUT,
+    bytes_to_read,
+    dummy_params,
+    find_folder,
+    load_params,
+    open_checkpoint,
+    tensors_of,
+)
 from models.sharding import make_mesh
+from models.tensor_files import StoredTensor
 from models.transformer import abstract_params
 from tests.goldens import CASES
 
@@ -39,7 +46,7 @@ def single(tmp_path: Path) -> Path:
 def nothing_is_read(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests of bad checkpoints fail where weights are opened for reading."""
     if "refused" in request.node.name:
-        monkeypatch.setattr(models.checkpoint, "safe_open", None)
+        monkeypatch.setattr(StoredTensor, "view", None)
 
 
 def change(file: Path, **changes: object) -> None:
@@ -124,6 +131,34 @@ def test_a_missing_tensor_is_refused(single: Path):
     refused(single, ValueError, "tensor model.decoder.layers.1.fc2.bias is missing")
 
 
+def test_tensors_too_many_are_refused(single: Path):
+    file = single / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"model.decoder.layers.2.fc1.bias": np.zeros(4, np.float32)}, file)
+    refused(single, ValueError, "tensor model.decoder.layers.2.fc1.bias has no place in the model")
+    save_file(tensors | {"a": np.zeros(4, np.float32), "b": np.zeros(4, np.float32)}, file)
+    refused(single, ValueError, "(and 1 more)")
+
+
+def test_constants_and_tied_output_weights_in_a_file_are_passed_over(single: Path):
+    file = single / "model.safetensors"
+    tensors = load_file(file)
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32)}
+    save_file(tensors | extra | {"lm_head.weight": tensors["model.decoder.embed_tokens.weight"].copy()}, file)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        load_params(open_checkpoint(single), make_mesh(jax.devices()[:1], 1), jnp.float32),
+        _loaded("opt", 1),
+    )
+
+
+def test_a_tensor_in_two_files_is_refused(sharded: Path):
+    one, two = sorted(sharded.glob("*.safetensors"))
+    name, tensor = next(iter(load_file(one).items()))
+    save_file(load_file(two) | {name: tensor}, two)
+    refused(sharded, ValueError, f"tensor {name} is in {one.name} and in {two.name}")
+
+
 def test_a_tensor_of_the_wrong_shape_is_refused(sharded: Path):
     change(sharded / "config.json", intermediate_size=76)
     refused(sharded, ValueError, "mlp.down_proj.weight has shape [48, 80], but config.json asks for [48, 76]")
@@ -140,7 +175,7 @@ def test_a_tensor_of_an_unsupported_type_is_refused(single: Path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"architectures": ["BertModel"]}, ("BertModel", "known are LlamaForCausalLM")),
+        ({"architectures": ["BertModel"]}, ("BertModel", "known are GPT2LMHeadModel (gpt2), ")),
         ({"quantization_config": {"quant_method": "gptq"}}, ("quantised (gptq)",)),
         ({"dtype": "float8_e4m3fn"}, ("dtype = 'float8_e4m3fn'", "float32, bfloat16, float16")),
         ({"eos_token_id": ["x"]}, ("eos_token_id = ['x']",)),
@@ -159,6 +194,27 @@ def test_end_tokens_come_from_the_generation_config_else_from_the_config(single:
     (single / "generation_config.json").unlink()
     change(single / "config.json", eos_token_id=5)
     assert open_checkpoint(single).eos_token_ids == (5,)
+
+
+def test_sampling_defaults_are_those_in_use(single: Path):
+    file = single / "generation_config.json"
+    assert open_checkpoint(single).sampling_defaults == {}
+    change(file, temperature=0.6, top_p=0.9, top_k=20, repetition_penalty=1.05, max_length=4096)
+    assert open_checkpoint(single).sampling_defaults == {"repetition_penalty": 1.05}  # the rest asks for do_sample
+    change(file, do_sample=True)
+    assert open_checkpoint(single).sampling_defaults == {
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "top_k": 20,
+        "repetition_penalty": 1.05,
+    }
+
+
+@pytest.mark.parametrize("changes", [{"temperature": "0.6"}, {"top_k": 2.5}, {"top_p": True}, {"temperature": -1}])
+def test_a_sampling_default_of_the_wrong_kind_is_refused(single: Path, changes: dict):
+    (name, value), *_ = changes.items()
+    change(single / "generation_config.json", do_sample=True, **changes)
+    refused(single, ValueError, f"generation_config.json: {name} = {value!r} must be a")
 
 
 def test_a_relative_path_is_looked_for_here_and_then_in_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -208,30 +264,27 @@ def test_kv_heads_are_repeated_next_to_each_other_when_tp_exceeds_them():
     np.testing.assert_array_equal(wide[:, 1:], np.repeat(whole[:, 2:], 2, axis=0))
 
 
-def test_each_device_reads_no_more_than_its_own_slice(monkeypatch: pytest.MonkeyPatch):
-    read = 0
-    original = models.checkpoint.safe_open
-
-    class Counted:
-        def __init__(self, *args: object, **kwargs: object):
-            self.file = original(*args, **kwargs)
-
-        def get_slice(self, name: str) -> Counted:
-            self.slice = self.file.get_slice(name)
-            return self
-
-        def __getitem__(self, index: object) -> np.ndarray:
-            nonlocal read
-            value = self.slice[index]
-            read += value.nbytes
-            return value
-
-    monkeypatch.setattr(models.checkpoint, "safe_open", Counted)
+def test_each_device_reads_no_more_than_its_own_slice_and_progress_hears_of_every_byte():
     for name, tp in (("opt", 4), ("llama_gqa", 2), ("llama3_mqa", 4)):
-        read = 0
-        params = _loaded(name, tp)
-        held = sum(math.prod(s.data.shape) * 4 for leaf in jax.tree.leaves(params) for s in leaf.addressable_shards)
-        assert 0 < read <= held  # Padding of the vocabulary is held and not read
+        checkpoint, mesh = open_checkpoint(GOLDENS[name]), make_mesh(jax.devices()[:tp], tp)
+        read: list[int] = []
+        params = load_params(checkpoint, mesh, jnp.bfloat16, read.append)
+        # What every device holds, counted once: half as wide as the float32 of the files, and padded to tp rows.
+        held = {
+            (path, shard.index): shard.data.nbytes * 2
+            for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+            for shard in leaf.addressable_shards
+        }
+        assert 0 < sum(read) == bytes_to_read(checkpoint, mesh) <= sum(held.values())
+
+
+def test_loaded_numbers_are_no_longer_those_of_the_file(single: Path):
+    params = load_params(open_checkpoint(single), make_mesh(jax.devices()[:1], 1), jnp.float32)
+    file = single / "model.safetensors"
+    size = file.stat().st_size
+    with file.open("r+b") as opened:
+        opened.write(bytes(size))
+    jax.tree.map(np.testing.assert_array_equal, params, _loaded("opt", 1))
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16"])
