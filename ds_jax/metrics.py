@@ -33,7 +33,7 @@ PREFILL_QUEUEING, PREFILL_EXECUTION, KV_TRANSMISSION, DECODE_QUEUEING, DECODE_EX
 
 @dataclass(frozen=True, slots=True)
 class RequestTimes:
-    """A request's whole life. The five stages sum to `end_ns - arrived_ns` exactly."""
+    """A sequence's whole life. The five stages sum to `end_ns - arrived_ns` exactly."""
 
     sequence: int
     prompt_tokens: int
@@ -84,13 +84,15 @@ class _Life:
         "replays",
         "request",
         "seen_ns",
+        "sequence",
         "since_ns",
         "stage",
         "stages",
         "started",
     )
 
-    def __init__(self, request: Request, now_ns: int):
+    def __init__(self, sequence: int, request: Request, now_ns: int):
+        self.sequence = sequence
         self.request = request
         self.arrived_ns = self.since_ns = self.seen_ns = now_ns
         self.first_ns: int | None = None
@@ -121,7 +123,7 @@ Interval = Callable[[int, int, int, int], None]
 
 
 class StageClock:
-    """Charges every nanosecond of every request to one of the five stages.
+    """Charges every nanosecond of every sequence to one of the five stages.
 
     A step starts when it is at the head of its lane: at its Run, or when the step before it is done.
 
@@ -145,7 +147,8 @@ class StageClock:
         if isinstance(event, StepDone):
             self._step_done(event, now_ns)
         elif isinstance(event, Arrived):
-            self._lives[event.request.id] = _Life(event.request, now_ns)
+            for sequence in event.request.sequences:
+                self._lives[sequence] = _Life(sequence, event.request, now_ns)
         elif isinstance(event, Stopped):
             self._end(event.sequence, event.reason, now_ns)
         elif isinstance(event, CopyDone):
@@ -205,7 +208,7 @@ class StageClock:
             life.stages[life.stage] += now_ns - begin
             life.since_ns = now_ns
             if self._interval is not None:
-                self._interval(life.request.id, life.stage, begin, now_ns)
+                self._interval(life.sequence, life.stage, begin, now_ns)
 
     def _end(self, sequence: int, why: str, now_ns: int, rejected: bool = False) -> None:
         life = self._living(sequence)
@@ -231,7 +234,7 @@ class StageClock:
             life = self._living(prefill.sequence)
             if life is None:
                 continue
-            if prefill.start == 0:
+            if prefill.start == 0 or not prefill.length:  # a fork begins with the last chunk of the one it follows
                 if life.stage == DECODE_EXECUTION:
                     self._charge(life, life.seen_ns)
                 life.replays += life.started

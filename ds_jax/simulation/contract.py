@@ -4,10 +4,11 @@
 flight. It knows nothing of a scheduler's ledger. The simulator runs under it in strict mode, the tests' machine always,
 and a recorded log of the engine can be read through it.
 
-A page is owned by the page table that it was last given to. A step reads and writes the pages of its sequence's table
-up to its last position; a copy reads its source pages and writes its destination pages; both pin them from the command
-to the completion. Giving away a pinned page is an error at once. Giving away a page of a living sequence is not (it may
-have been preempted), but then that table must never be used again.
+A page is held by the page table that it was last given to, and by tables of the same request that share it. A step
+reads the pages of its sequence's table up to its last position and writes those of its own tokens; a copy reads its
+source pages and writes its destination pages; both pin them from the command to the completion. Giving away a pinned
+page is an error at once. Giving away a page of a living sequence is not (it may have been preempted), but then the
+tables that held it must never be used again. A page that others hold too must not be written.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class Life:
     """One epoch of an instance."""
 
     instance: Instance
-    owner: list[Table | None]
+    holders: list[list[Table]]
+    """Of each page."""
     pins: list[int]
     lanes: list[deque[Step]]
     tables: set[Table] = field(default_factory=set)
@@ -78,6 +80,7 @@ class Life:
 
 @dataclass(eq=False, slots=True)
 class Sequence:
+    id: int
     request: Request
     confirmed: int = 0
     """Output tokens that were kept."""
@@ -148,8 +151,8 @@ class Contract:
 
     def accounted(self, instance: int) -> set[int]:
         """Pages of a living instance that may be held while nothing is in flight on it: those of living sequences."""
-        owners = enumerate(self.lives[instance].owner)
-        return {page for page, table in owners if table and not table.sequence.over}
+        holders = enumerate(self.lives[instance].holders)
+        return {page for page, tables in holders if any(not table.sequence.over for table in tables)}
 
     def quiet(self, instance: int) -> bool:
         """Whether nothing is in flight on a living instance."""
@@ -166,9 +169,10 @@ class Contract:
             case CopyDone(copy, ok):
                 self._copy_done(copy, ok)
             case Arrived(request):
-                if request.id in self.sequences:
-                    raise Violation(f"{event}: a sequence of this id has arrived before")
-                self.sequences[request.id] = Sequence(request)
+                for id in request.sequences:
+                    if id in self.sequences:
+                        raise Violation(f"{event}: sequence {id} has arrived before")
+                    self.sequences[id] = Sequence(id, request)
             case Stopped(sequence):
                 if (stopped := self.sequences.get(sequence)) is not None:
                     self._over(stopped)
@@ -184,7 +188,7 @@ class Contract:
             raise Violation(f"instance {instance.id} comes up with the used epoch {instance.epoch}")
         self._epochs[instance.id] = instance.epoch
         lanes: list[deque[Step]] = [deque() for _ in range(instance.lanes)]
-        self.lives[instance.id] = Life(instance, [None] * instance.pages, [0] * instance.pages, lanes)
+        self.lives[instance.id] = Life(instance, [[] for _ in range(instance.pages)], [0] * instance.pages, lanes)
 
     def _lost(self, instance: int, epoch: int) -> None:
         life = self.lives.get(instance)
@@ -215,7 +219,7 @@ class Contract:
         if lane[0] is not flight.step:
             raise Violation(f"{event}: step {lane[0].id} is ahead of it on instance {flight.step.instance}")
         lane.popleft()
-        sampled = {table.sequence.request.id for table, _, _, samples in flight.uses if samples}
+        sampled = {table.sequence.id for table, _, _, samples in flight.uses if samples}
         if stray := event.emitted.keys() - sampled:
             raise Violation(f"{event}: the step samples nothing for sequences {sorted(stray)}")
         for table, pages, tokens, samples in flight.uses:
@@ -224,11 +228,11 @@ class Contract:
             table.written = max(table.written, tokens)
             sequence = table.sequence
             if sequence.steps.pop(0) != event.step:
-                raise Violation(f"{event}: another step that names sequence {sequence.request.id} is ahead of it")
+                raise Violation(f"{event}: another step that names sequence {sequence.id} is ahead of it")
             if samples:
-                emitted = event.emitted.get(sequence.request.id, 0)
+                emitted = event.emitted.get(sequence.id, 0)
                 if emitted not in (0, 1) or (emitted and sequence.over):
-                    raise Violation(f"{event}: {emitted} tokens kept of sequence {sequence.request.id}, which is over")
+                    raise Violation(f"{event}: {emitted} tokens kept of sequence {sequence.id}, which is over")
                 sequence.sampling -= 1
                 sequence.confirmed += emitted
                 if sequence.confirmed >= sequence.request.max_tokens:
@@ -284,7 +288,9 @@ class Contract:
         if len(life.lanes[step.lane]) >= STEPS_PER_LANE:
             raise Violation(f"{step}: {STEPS_PER_LANE} steps are in flight on this lane already")
         self._limits(step, instance)
-        uses = [self._prefill(step, life, prefill) for prefill in step.prefills]
+        uses: list[tuple[Table, int, int, bool]] = []
+        for prefill in step.prefills:
+            uses.append(self._prefill(step, life, prefill) if prefill.length else self._fork(step, life, prefill, uses))
         uses += [self._decode(step, life, decode) for decode in step.decodes]
         for table, pages, _, samples in uses:
             table.sequence.steps.append(step.id)
@@ -333,6 +339,27 @@ class Contract:
             raise Violation(f"{step}: {prefill} goes on after its last chunk")
         return self._use(step, life, table, prefill.new_pages, end, prefill.samples, -1)
 
+    def _fork(
+        self, step: Step, life: Life, fork: Prefill, before: list[tuple[Table, int, int, bool]]
+    ) -> tuple[Table, int, int, bool]:
+        sequence = self._may_run(step, life, fork)
+        if not before or before[-1][0].sequence.request is not sequence.request:
+            raise Violation(f"{step}: {fork} does not follow a sequence of the same request")
+        leader, pages, end, samples = before[-1]
+        if not samples or not fork.samples or fork.start != end or fork.new_pages:
+            raise Violation(f"{step}: {fork} must sample, as the one before it, from {end} tokens in the same pages")
+        if sequence.confirmed or sequence.steps or end != sequence.request.prompt_tokens:
+            raise Violation(f"{step}: {fork} is not at its beginning")
+        self._forget(sequence, "the sequence began anew")
+        table = Table(sequence, life, planned=end)
+        life.tables.add(table)
+        sequence.tables[step.instance] = table
+        for page in leader.pages:
+            life.holders[page].append(table)
+            table.pages.append(page)
+        sequence.last = (life, step.lane, -1)
+        return table, pages, end, True
+
     def _decode(self, step: Step, life: Life, decode: Decode) -> tuple[Table, int, int, bool]:
         sequence = self._may_run(step, life, decode)
         table = self._table(step, life, sequence)
@@ -359,9 +386,9 @@ class Contract:
     def _table(self, what: Step | Copy, life: Life, sequence: Sequence) -> Table:
         table = sequence.tables.get(life.instance.id)
         if table is None:
-            raise Violation(f"{what}: sequence {sequence.request.id} has no pages on instance {life.instance.id}")
+            raise Violation(f"{what}: sequence {sequence.id} has no pages on instance {life.instance.id}")
         if table.unusable:
-            raise Violation(f"{what}: the pages of sequence {sequence.request.id} cannot be used: {table.unusable}")
+            raise Violation(f"{what}: the pages of sequence {sequence.id} cannot be used: {table.unusable}")
         return table
 
     def _use(
@@ -370,7 +397,10 @@ class Contract:
         self._give(step, life, table, new)
         pages = pages_for(end, life.instance.page_size)
         if len(table.pages) < pages:
-            raise Violation(f"{step}: {end} tokens of sequence {table.sequence.request.id} in {len(table.pages)} pages")
+            raise Violation(f"{step}: {end} tokens of sequence {table.sequence.id} in {len(table.pages)} pages")
+        for page in table.pages[table.planned // life.instance.page_size : pages]:
+            if others := [held.sequence.id for held in life.holders[page] if held is not table and not held.unusable]:
+                raise Violation(f"{step}: page {page} is written for sequence {table.sequence.id}, {others} share it")
         table.planned = end
         if samples:
             table.sequence.last = (life, step.lane, slot)
@@ -382,12 +412,28 @@ class Contract:
                 raise Violation(f"{what}: page {page} of a pool of {life.instance.pages}")
             if life.pins[page]:
                 raise Violation(f"{what}: page {page} is given away while something in flight names it")
-            before = life.owner[page]
-            if before is table:
-                raise Violation(f"{what}: page {page} is given twice to sequence {table.sequence.request.id}")
-            if before is not None:
-                before.unusable = f"page {page} was given to sequence {table.sequence.request.id}"
-            life.owner[page] = table
+            if table in life.holders[page]:
+                raise Violation(f"{what}: page {page} is given twice to sequence {table.sequence.id}")
+            for before in life.holders[page]:
+                before.unusable = f"page {page} was given to sequence {table.sequence.id}"
+            life.holders[page] = [table]
+            table.pages.append(page)
+
+    def _share(self, copy: Copy, life: Life, table: Table) -> None:
+        """Pages that another sequence of the request has here: full ones of the prompt, whose KV has landed."""
+        request = table.sequence.request
+        for index, page in enumerate(copy.shared):
+            if (index + 1) * life.instance.page_size > request.prompt_tokens:
+                raise Violation(f"{copy}: page {page} is not full of the prompt, it will be written")
+            if not any(
+                held.sequence.request is request
+                and not held.unusable
+                and not held.landing
+                and held.pages[index] == page
+                for held in life.holders[page]
+            ):
+                raise Violation(f"{copy}: no sequence of the same request has page {page} as its page {index}")
+            life.holders[page].append(table)
             table.pages.append(page)
 
     def _copy(self, copy: Copy) -> None:
@@ -405,6 +451,9 @@ class Contract:
             table = Table(sequence, destination, source=origin)
             destination.tables.add(table)
             sequence.tables[copy.destination.instance] = table
+            self._share(copy, destination, table)
+        elif copy.shared:
+            raise Violation(f"{copy}: only the first copy of a series shares pages")
         done, count = len(table.pages), len(copy.pages)
         if table.source is not origin or [page for page, _ in copy.pages] != origin.pages[done : done + count]:
             raise Violation(f"{copy}: the source pages must be {origin.pages[done:]} in this order")

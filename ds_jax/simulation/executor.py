@@ -42,7 +42,7 @@ class Simulation:
     """What came of it."""
 
     times: dict[int, RequestTimes]
-    """The life of each request, by id."""
+    """The life of each sequence, by id."""
     end_ns: int
     """Time of the last event."""
     events: int
@@ -171,12 +171,14 @@ class VirtualTime:
     # --- events -------------------------------------------------------------------------------------------------------
 
     def _arrive(self, submission: Submission) -> None:
-        _, request, output = submission
-        if not 1 <= output <= request.max_tokens:
-            raise ValueError(f"output_tokens = {output} of request {request.id} must be 1 to {request.max_tokens}")
-        self._left[request.id] = output
-        if output < request.max_tokens:
-            self._stops.add(request.id)
+        _, request, outputs = submission
+        each = (outputs,) * request.n if isinstance(outputs, int) else outputs
+        for id, output in zip(request.sequences, each, strict=True):
+            if not 1 <= output <= request.max_tokens:
+                raise ValueError(f"output_tokens = {output} of request {request.id} must be 1 to {request.max_tokens}")
+            self._left[id] = output
+            if output < request.max_tokens:
+                self._stops.add(id)
         self._tell(Arrived(request))
 
     def _outside(self, event: Event) -> None:

@@ -108,7 +108,8 @@ def recorded_workload(log: Log) -> tuple[list[Submission], list[tuple[int, Event
     requests = []
     for now_ns, event in arrived:
         request = event.request
-        requests.append(Submission(now_ns, request, true_length.get(request.id, request.max_tokens)))
+        outputs = tuple([true_length.get(sequence, request.max_tokens) for sequence in request.sequences])
+        requests.append(Submission(now_ns, request, outputs))
     return requests, events
 
 

@@ -17,7 +17,8 @@ class Submission(NamedTuple):
 
     arrival_ns: int
     request: Request
-    output_tokens: int
+    output_tokens: int | tuple[int, ...]
+    """The same for all of its n sequences, or one for each."""
 
 
 def submissions(

@@ -117,7 +117,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.left: dict[int, int] = {}
         """Tokens until the true end of each sequence; 0: it has ended, and the scheduler may not know."""
         self.late_stops: list[int] = []
-        self.requests = 0
+        self.arrived = 0
+        """Sequences, whose ids count from 0."""
         self.arrived_since_change = 0
         """Sequences from this id on have seen no instance come or go."""
         self.begun: dict[int, int] = {}
@@ -135,10 +136,11 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(
         lengths=st.lists(st.tuples(st.integers(1, 7), st.integers(1, 9), st.integers(1, 12)), min_size=1, max_size=6),
+        n=st.integers(-4, 3),
     )
-    def burst(self, lengths: list[tuple[int, int, int]]) -> None:
+    def burst(self, lengths: list[tuple[int, int, int]], n: int) -> None:
         for prompt, max_tokens, true_length in lengths:
-            self._arrive(prompt, max_tokens, true_length)
+            self._arrive(prompt, max_tokens, true_length, n=max(1, n))
 
     @rule(
         prompt=st.integers(1, 30),
@@ -146,25 +148,35 @@ class SchedulerMachine(RuleBasedStateMachine):
         true_length=st.integers(1, 12),
         deadline_ns=st.one_of(st.none(), st.integers(0, 60)),
         lockstep=st.booleans(),
+        n=st.integers(1, 4),
     )
-    def arrive(self, prompt: int, max_tokens: int, true_length: int, deadline_ns: int | None, lockstep: bool) -> None:
-        self._arrive(prompt, max_tokens, true_length, deadline_ns, lockstep)
+    def arrive(
+        self, prompt: int, max_tokens: int, true_length: int, deadline_ns: int | None, lockstep: bool, n: int
+    ) -> None:
+        self._arrive(prompt, max_tokens, true_length, deadline_ns, lockstep, n)
 
     def _arrive(
-        self, prompt: int, max_tokens: int, true_length: int, deadline_ns: int | None = None, lockstep: bool = False
+        self,
+        prompt: int,
+        max_tokens: int,
+        true_length: int,
+        deadline_ns: int | None = None,
+        lockstep: bool = False,
+        n: int = 1,
     ) -> None:
         deadline = None if deadline_ns is None else self.now_ns + deadline_ns
-        request = Request(self.requests, prompt, max_tokens, deadline_ns=deadline, lockstep=lockstep)
-        self.requests += 1
-        self.left[request.id] = min(max_tokens, true_length)
+        request = Request(self.arrived, prompt, max_tokens, deadline_ns=deadline, lockstep=lockstep, n=n)
+        self.arrived += n
+        self.left |= {id: min(max_tokens, true_length + index) for index, id in enumerate(request.sequences)}
         impossible = any(
             pools and not any(pages_for(prompt + max_tokens - 1, pool.page_size) <= pool.pages for pool in pools)
             for pools in ([pool for pool in self.known.values() if pool.role is role] for role in self.roles)
         )
         commands = self._tell(Arrived(request))
-        rejected = any(isinstance(command, Reject) for command in commands)
-        if deadline is None or deadline > self.now_ns:
-            assert rejected == impossible, f"{request} is {'im' * impossible}possible, answered by {commands}"
+        rejected = {command.sequence for command in commands if isinstance(command, Reject)}
+        if (deadline is None or deadline > self.now_ns) and n == 1:  # a policy may have its limit of n
+            assert bool(rejected) == impossible, f"{request} is {'im' * impossible}possible, answered by {commands}"
+        assert not rejected or rejected >= set(request.sequences), f"{request} is rejected in part: {commands}"
 
     @precondition(lambda self: self.contract.steps)
     @rule(data=st.data())
@@ -191,7 +203,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def stop_any(self, sequence: int, reason: str) -> None:
         """From whoever noticed: also twice, after the end, and for ids never heard of."""
         self.rare["stop"] += 1
-        sequence = sequence if sequence < self.requests else 10**6 + sequence
+        sequence = sequence if sequence < self.arrived else 10**6 + sequence
         self.left[sequence] = 0
         self._tell(Stopped(sequence, reason))
 
@@ -266,7 +278,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.stale.append(InstanceLost(id, self.known[id].epoch))
 
     def _changed(self) -> None:
-        self.arrived_since_change = self.requests
+        self.arrived_since_change = self.arrived
         self.begun = {}
 
     def _complete_step(self, id: int, stop_late: bool) -> None:
@@ -274,7 +286,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         emitted: dict[int, int] = {}
         stopped = []
         for table, _, _, samples in flight.uses:
-            sequence = table.sequence.request.id
+            sequence = table.sequence.id
             if not samples or not self.left[sequence] or table.sequence.over:
                 if samples and not table.sequence.over:
                     self.safe[sequence] = False  # it gives no more tokens; whatever is done with it is no preemption
@@ -292,7 +304,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         flight = self.contract.copies[id]
         ok = ok and flight.destination is not None
         if not ok:
-            self.safe[flight.sequence.request.id] = False
+            self.safe[flight.sequence.id] = False
         self._tell(CopyDone(id, ok))
 
     def _ring(self, timer: SetTimer) -> None:
@@ -303,8 +315,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.events += 1
         self.broken = True  # until all checks have passed
         commands = self.scheduler.handle(event, self.now_ns)
-        self._check_order(commands)
         self.contract.hear(event, commands, self.now_ns)
+        self._check_order(commands)
         self.clock.hear(event, commands, self.now_ns)
         self.timers += [command for command in commands if isinstance(command, SetTimer)]
         for command in commands:
@@ -330,7 +342,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _check_order(self, commands: list[Command]) -> None:
         """Prompts begin in order of arrival, and the oldest sequence of all is never made to begin anew."""
-        oldest = next((sequence.request.id for sequence in self.contract.living()), None)
+        oldest = next((sequence.id for sequence in self.contract.living()), None)
         for command in commands:
             if not isinstance(command, Run):
                 continue
@@ -338,7 +350,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             for sequence, start, *_ in step.prefills:
                 if start == 0 and sequence not in self.safe:
                     last = self.begun.get(step.instance, -1)
-                    if self.fcfs and sequence >= self.arrived_since_change:
+                    alone = self.contract.sequences[sequence].request.n == 1  # a leader that ends is replaced
+                    if self.fcfs and alone and sequence >= self.arrived_since_change:
                         assert sequence > last, f"{step}: sequence {sequence} begins after {last}, which came later"
                         self.begun[step.instance] = sequence
                 elif start == 0:
@@ -363,15 +376,15 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self._up(largest)
         for sequence in self.late_stops:
             self._tell(Stopped(sequence, "stop"))
-        submitted = self.requests
+        submitted = self.arrived
         self._finish(submitted, newcomers=True)
-        self._finish(self.requests, newcomers=False)
+        self._finish(self.arrived, newcomers=False)
         while self.contract.steps or self.contract.copies:
             self._complete_oldest()
         for id, ledger in self.scheduler.ledgers.items():
             held = [page for page in range(self.known[id].pages) if ledger.references(page)]
             assert not held, f"all is over, and pages {held} of instance {id} are still held"
-        for sequence in range(self.requests):
+        for sequence in range(self.arrived):
             times = self.clock.pop(sequence)
             assert sum(times.stages_ns) == times.end_ns - times.arrived_ns, times
 
@@ -385,15 +398,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Complete in order of command until all sequences below `before` are over, within a bound."""
         bound = self._bound()
         for _ in range(bound):
-            living = [sequence.request.id for sequence in self.contract.living()]
+            living = [sequence.id for sequence in self.contract.living()]
             if not living or living[0] >= before:
                 return
             waiting = sum(sequence >= before and sequence not in self.safe for sequence in living)
             for _ in range(2 * len(self.known) - waiting if newcomers else 0):
-                self._arrive(prompt=1 + self.requests % 3, max_tokens=2, true_length=2)
+                self._arrive(prompt=1 + self.arrived % 3, max_tokens=2, true_length=2)
             if not self._complete_oldest():
                 raise AssertionError(f"sequences {living} wait, and nothing is in flight")
-        living = [sequence.request.id for sequence in self.contract.living()]
+        living = [sequence.id for sequence in self.contract.living()]
         raise AssertionError(f"sequences {living} have not ended after {bound} completions")
 
     def _complete_oldest(self) -> bool:
