@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ds_jax.architecture import Architecture, LinearScaling, Llama3Scaling
+from ds_jax.architecture import LayerKind, LinearScaling, Llama3Scaling
 
 
-def inverse_frequencies(arch: Architecture) -> np.ndarray:
+def inverse_frequencies(kind: LayerKind, head_dim: int) -> np.ndarray:
     """Radians per position of each pair of a head's dimensions, [D / 2] float32."""
-    exponents = np.arange(0, arch.head_dim, 2, dtype=np.float32) / np.float32(arch.head_dim)
-    frequencies = np.float32(1) / np.float32(arch.rope_theta) ** exponents
-    match arch.rope_scaling:
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = np.float32(1) / np.float32(kind.rope_theta) ** exponents
+    match kind.rope_scaling:
         case LinearScaling(factor):
             frequencies = frequencies / np.float32(factor)
         case Llama3Scaling(factor, low, high, original):
@@ -27,9 +27,11 @@ def inverse_frequencies(arch: Architecture) -> np.ndarray:
     return frequencies.astype(np.float32)
 
 
-def angles(arch: Architecture, positions: Int[Array, " T"]) -> tuple[Float[Array, "T D/2"], Float[Array, "T D/2"]]:
+def angles(
+    kind: LayerKind, head_dim: int, positions: Int[Array, " T"]
+) -> tuple[Float[Array, "T D/2"], Float[Array, "T D/2"]]:
     """Cosine and sine for each token, float32."""
-    turned = positions.astype(jnp.float32)[:, None] * inverse_frequencies(arch)
+    turned = positions.astype(jnp.float32)[:, None] * inverse_frequencies(kind, head_dim)
     return jnp.cos(turned), jnp.sin(turned)
 
 

@@ -1,7 +1,8 @@
 """Which mesh axis each logical axis of a parameter lies on: the one table, and what follows from it.
 
 A mesh has the axes ("stage", "tensor"). Tensor parallelism cuts attention by heads and the MLP by its width
-(Megatron-LM, section 3), and the vocabulary of embedding and output weights; all else is on every device.
+(Megatron-LM, section 3), experts by their number, and the vocabulary of embedding and output weights; all else is on
+every device.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ MESH_AXIS: dict[str, str | None] = {
     "kv_heads": TENSOR,
     "heads": TENSOR,
     "mlp": TENSOR,
+    "experts": TENSOR,
+    "expert_mlp": None,
+    "router": None,
     "embed": None,
     "token_width": None,
     "position": None,

@@ -22,7 +22,8 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from ds_jax.architecture import Architecture
+from ds_jax.architecture import Architecture, LayerKind
+from kernels import expert_mlp
 from models import rope, sharding
 
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -76,19 +77,20 @@ def random_matrix(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Arr
 
 
 class Norm(nnx.Module):
-    """RMS or layer norm over the hidden dimension, computed in float32."""
+    """RMS or layer norm over the last dimension (hidden, or one head's), computed in float32."""
 
-    def __init__(self, arch: Architecture, init: Initialiser):
-        self.kind, self.eps = arch.norm, arch.norm_eps
-        self.weight = init.constant(1, ("embed", arch.hidden_size))
-        self.bias = init.constant(0, ("embed", arch.hidden_size)) if arch.norm == "layer" else None
+    def __init__(self, arch: Architecture, init: Initialiser, over: tuple[str, int] | None = None):
+        over = over or ("embed", arch.hidden_size)
+        self.kind, self.eps, self.offset = arch.norm, arch.norm_eps, arch.norm_offset
+        self.weight = init.constant(1 - arch.norm_offset, over)
+        self.bias = init.constant(0, over) if arch.norm == "layer" else None
 
-    def __call__(self, x: Float[Array, "T E"]) -> Float[Array, "T E"]:
+    def __call__(self, x: Float[Array, "*rows E"]) -> Float[Array, "*rows E"]:
         wide = x.astype(jnp.float32)
         if self.kind == "layer":
             wide = wide - wide.mean(-1, keepdims=True)
         wide = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
-        wide = wide * self.weight[...].astype(jnp.float32)
+        wide = wide * (self.weight[...].astype(jnp.float32) + self.offset)
         if self.bias is not None:
             wide = wide + self.bias[...].astype(jnp.float32)
         return wide.astype(x.dtype)
@@ -103,6 +105,9 @@ class Attention(nnx.Module):
         embed = ("embed", arch.hidden_size)
         self.qkv = init.matrix(*group, embed)
         self.qkv_bias = init.constant(0, *group) if arch.attention_bias else None
+        head = ("head_dim", arch.head_dim)
+        self.query_norm = Norm(arch, init, head) if arch.query_key_norm else None
+        self.key_norm = Norm(arch, init, head) if arch.query_key_norm else None
         self.out = init.matrix(embed, ("heads", arch.num_heads * arch.head_dim))
         self.out_bias = init.constant(0, embed) if arch.attention_output_bias else None
 
@@ -115,7 +120,10 @@ class Attention(nnx.Module):
             qkv = qkv + self.qkv_bias[...].reshape(-1)
         qkv = qkv.reshape(-1, kv_heads, group, head_dim)
         q = qkv[:, :, : group - 2].reshape(-1, kv_heads * (group - 2), head_dim)
-        attended = attend(turn(q), turn(qkv[:, :, group - 2]), qkv[:, :, group - 1])
+        k, v = qkv[:, :, group - 2], qkv[:, :, group - 1]
+        if self.query_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        attended = attend(turn(q), turn(k), v)
         y = total(project(attended.reshape(x.shape[0], -1).astype(x.dtype), self.out[...]), axis)
         return y if self.out_bias is None else y + self.out_bias[...]
 
@@ -146,24 +154,57 @@ class Mlp(nnx.Module):
         return y if self.down_bias is None else y + self.down_bias[...]
 
 
+class ExpertMlp(nnx.Module):
+    """A sum of the MLPs that the router chooses for each token; every device has whole experts, as many as the others.
+
+    The router looks at its input in float32: with rounding, another expert may be chosen.
+    """
+
+    def __init__(self, arch: Architecture, init: Initialiser):
+        assert arch.experts is not None
+        self.activation, self.experts = arch.activation, arch.experts
+        count, mlp, embed = (
+            ("experts", arch.experts.count),
+            ("expert_mlp", arch.intermediate_size),
+            ("embed", arch.hidden_size),
+        )
+        self.router = init.matrix(("router", arch.experts.count), embed)
+        self.up = init.matrix(count, ("inputs", 2), mlp, embed)
+        self.down = init.matrix(count, embed, mlp)
+
+    def __call__(self, x: Float[Array, "T E"], axis: str | None) -> Float[Array, "T E"]:
+        scores = project(x.astype(jnp.float32), self.router[...].astype(jnp.float32))
+        weights, chosen = lax.top_k(jax.nn.softmax(scores), self.experts.per_token)
+        if self.experts.normalised:
+            weights = weights / weights.sum(-1, keepdims=True)
+        if axis is not None:
+            chosen = chosen - lax.axis_index(axis) * self.up.shape[0]
+        y = expert_mlp.apply(x, self.up[...], self.down[...], chosen, weights, ACTIVATIONS[self.activation])
+        return total(y, axis).astype(x.dtype)
+
+
 class Layer(nnx.Module):
     """Attention and MLP, each added to the residual stream."""
 
     def __init__(self, arch: Architecture, tp: int, init: Initialiser):
-        self.norm_first = arch.norm_first
+        self.norms = arch.norms
         self.attention_norm = Norm(arch, init)
         self.attention = Attention(arch, tp, init)
+        self.attention_out_norm = Norm(arch, init) if arch.norms == "around" else None
         self.mlp_norm = Norm(arch, init)
-        self.mlp = Mlp(arch, init)
+        self.mlp = Mlp(arch, init) if arch.experts is None else ExpertMlp(arch, init)
+        self.mlp_out_norm = Norm(arch, init) if arch.norms == "around" else None
 
     def __call__(
         self, x: Float[Array, "T E"], turn: Callable[[jax.Array], jax.Array], attend: Callable, axis: str | None
     ) -> Float[Array, "T E"]:
-        if self.norm_first:
-            x = x + self.attention(self.attention_norm(x), turn, attend, axis)
-            return x + self.mlp(self.mlp_norm(x), axis)
-        x = self.attention_norm(x + self.attention(x, turn, attend, axis))
-        return self.mlp_norm(x + self.mlp(x, axis))
+        if self.norms == "after":
+            x = self.attention_norm(x + self.attention(x, turn, attend, axis))
+            return self.mlp_norm(x + self.mlp(x, axis))
+        y = self.attention(self.attention_norm(x), turn, attend, axis)
+        x = x + (y if self.attention_out_norm is None else self.attention_out_norm(y))
+        y = self.mlp(self.mlp_norm(x), axis)
+        return x + (y if self.mlp_out_norm is None else self.mlp_out_norm(y))
 
 
 class Transformer(nnx.Module):
@@ -211,16 +252,15 @@ class Transformer(nnx.Module):
             axis: name of the mesh axis of the tensor-parallel group; None on a single device.
         """
         x = self._embed(tokens, axis)
+        if self.arch.embedding_scale != 1:
+            x = x * jnp.asarray(self.arch.embedding_scale, x.dtype)
         if self.project_in is not None:
             x = project(x, self.project_in[...])
-        turn: Callable[[jax.Array], jax.Array] = lambda heads: heads  # noqa: E731
         if self.positions is not None:
             x = x + self.positions[...].at[positions + self.arch.position_offset].get(mode="clip")
-        else:
-            cosine, sine = rope.angles(self.arch, positions)
-            turn = functools.partial(rope.rotate, cosine=cosine, sine=sine)
+        turns = {kind: self._turn(kind, positions) for kind in dict.fromkeys(self.arch.layer_kinds)}
         for number, layer in enumerate(self.layers):
-            x = layer(x, turn, functools.partial(attend, number), axis)
+            x = layer(x, turns[self.arch.kind(number)], functools.partial(attend, number), axis)
         return x
 
     def logits(self, hidden: Float[Array, "T E"], axis: str | None = None) -> Float[Array, "T V"]:
@@ -233,7 +273,16 @@ class Transformer(nnx.Module):
         logits = project(hidden, weight[...], jnp.float32)
         if axis is not None:
             logits = lax.all_gather(logits, axis, axis=1, tiled=True)
-        return logits[:, : self.arch.vocab_size]
+        logits = logits[:, : self.arch.vocab_size]
+        cap = self.arch.logit_soft_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def _turn(self, kind: LayerKind, positions: Int[Array, " T"]) -> Callable[[jax.Array], jax.Array]:
+        """How heads are turned to their positions in layers of this kind."""
+        if self.positions is not None:
+            return lambda heads: heads
+        cosine, sine = rope.angles(kind, self.arch.head_dim, positions)
+        return functools.partial(rope.rotate, cosine=cosine, sine=sine)
 
     def _embed(self, tokens: Int[Array, " T"], axis: str | None) -> Float[Array, "T e"]:
         table = self.embedding[...]

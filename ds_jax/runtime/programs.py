@@ -63,7 +63,14 @@ class Model:
 
         def attend(layer: int, q: Array, keys: Array, values: Array) -> Array:
             k[layer], v[layer] = kernels.kv_write.write(k[layer], v[layer], keys, values, slots)
-            return attention(q, k[layer], v[layer], scale=self.arch.attention_scale)
+            return attention(
+                q,
+                k[layer],
+                v[layer],
+                scale=self.arch.attention_scale,
+                window=self.arch.kind(layer).window,
+                soft_cap=self.arch.attention_soft_cap,
+            )
 
         hidden = model(tokens, positions, attend, self.axis)
         return model, hidden, {"k": tuple(k), "v": tuple(v)}

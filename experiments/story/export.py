@@ -33,7 +33,7 @@ def config_json(arch: Architecture, dtype: str, end: int) -> dict[str, Any]:
         "max_position_embeddings": arch.max_positions,
         "hidden_act": arch.activation,
         "rms_norm_eps": arch.norm_eps,
-        "rope_theta": arch.rope_theta,
+        "rope_theta": arch.kind(0).rope_theta,
         "rope_scaling": None,
         "attention_bias": False,
         "mlp_bias": False,

@@ -18,6 +18,8 @@ def attend(
     lengths: Int[Array, " B"],
     *,
     scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
     backend: Backend = "auto",
 ) -> Float[Array, "B H D"]:
     """softmax(scale q K^T) V of each sequence, query head h reading KV head h // (H / K).
@@ -29,8 +31,12 @@ def attend(
             sequence's last page are not looked at and may hold anything.
         lengths: tokens to attend to, the current one included (it has been written); 0 for an empty slot.
         scale: what q.k is multiplied by.
+        window: a token sees this many at most, itself included: the last ones. Pages before are not looked at.
+        soft_cap: scores s become soft_cap tanh(s / soft_cap).
 
     Returns:
         In the type of q; zeros for empty slots.
     """
-    return choose(backend, FORMS)(q, k_pages, v_pages, page_table, lengths, scale=scale)
+    return choose(backend, FORMS)(
+        q, k_pages, v_pages, page_table, lengths, scale=scale, window=window, soft_cap=soft_cap
+    )

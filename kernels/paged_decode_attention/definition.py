@@ -8,7 +8,15 @@ from jax import lax
 
 
 def attend(
-    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array, lengths: jax.Array, *, scale: float
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> jax.Array:
     """See the package."""
     batch, heads, head_dim = q.shape
@@ -21,7 +29,13 @@ def attend(
 
     grouped = q.astype(jnp.float32).reshape(batch, kv_heads, heads // kv_heads, head_dim)
     scores = jnp.einsum("bkgd,bksd->bkgs", grouped, gathered(k_pages), precision=lax.Precision.HIGHEST) * scale
-    seen = (jnp.arange(scores.shape[-1]) < lengths[:, None])[:, None, None]  # [B, 1, 1, S]
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    token = jnp.arange(scores.shape[-1])
+    seen = token < lengths[:, None]
+    if window is not None:
+        seen &= token >= lengths[:, None] - window
+    seen = seen[:, None, None]  # [B, 1, 1, S]
     weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), where=seen)
     # What lies in slots that are not seen may be anything, NaN included: 0 * NaN must not come in.
     values = jnp.where(seen[:, 0, 0, :, None][:, None], gathered(v_pages), 0)

@@ -16,10 +16,19 @@ MOST_PAGES = 8
 
 
 def attend(
-    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array, lengths: jax.Array, *, scale: float
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> jax.Array:
     """See the package."""
-    return by_platform(functools.partial(over_sequences, scale=scale), q, k_pages, v_pages, page_table, lengths)
+    form = functools.partial(over_sequences, scale=scale, window=window, soft_cap=soft_cap)
+    return by_platform(form, q, k_pages, v_pages, page_table, lengths)
 
 
 def over_sequences(
@@ -30,6 +39,8 @@ def over_sequences(
     lengths: jax.Array,
     *,
     scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
     over: Over,
 ) -> jax.Array:
     """The sequences in the order that `over` takes them, each page by page."""
@@ -42,6 +53,7 @@ def over_sequences(
 
     def sequence(b: jax.Array) -> jax.Array:
         query, length = queries[b], lengths[b]
+        first = 0 if window is None else jnp.maximum(length - window, 0)
 
         def block(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             best, weight, mean = carry
@@ -51,8 +63,11 @@ def over_sequences(
                 some = pool.at[numbers].get(mode="promise_in_bounds").astype(jnp.float32)
                 return some.transpose(1, 0, 2, 3).reshape(kv_heads, columns, head_dim)
 
-            seen = i * columns + jnp.arange(columns) < length
+            token = i * columns + jnp.arange(columns)
+            seen = (token >= first) & (token < length)
             scores = jnp.einsum("kgd,knd->kgn", query, taken(k_pages), precision=lax.Precision.HIGHEST)
+            if soft_cap is not None:
+                scores = soft_cap * jnp.tanh(scores / soft_cap)
             scores = jnp.where(seen, scores, -jnp.inf)
             new_best = jnp.maximum(best, scores.max(-1, keepdims=True))
             rescale, p = jnp.exp(best - new_best), jnp.exp(scores - new_best)
@@ -64,7 +79,7 @@ def over_sequences(
         one = jnp.zeros((*query.shape[:2], 1))
         # The lowest number, not -inf: a block that sees nothing (side by side with longer rows) must not give NaN.
         start = (one + jnp.finfo(jnp.float32).min, one, jnp.zeros_like(query))
-        _, weight, mean = lax.fori_loop(0, -(-length // columns), block, start)
+        _, weight, mean = lax.fori_loop(first // columns, -(-length // columns), block, start)
         return mean / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
 
     return over(sequence, jnp.arange(batch)).reshape(q.shape).astype(q.dtype)

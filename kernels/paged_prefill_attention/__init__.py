@@ -20,6 +20,8 @@ def attend(
     contexts: Int[Array, " R"],
     *,
     scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
     backend: Backend = "auto",
 ) -> Float[Array, "T H D"]:
     """softmax(scale q K^T) V of each token over itself and what stands before it in its sequence.
@@ -35,8 +37,12 @@ def attend(
             sequence's last page are not looked at and may hold anything.
         starts, lengths, contexts: the chunks; a row of length 0 is empty.
         scale: what q.k is multiplied by.
+        window: a token sees this many at most, itself included: the last ones. Pages before are not looked at.
+        soft_cap: scores s become soft_cap tanh(s / soft_cap).
 
     Returns:
         In the type of q; zeros at tokens of no chunk.
     """
-    return choose(backend, FORMS)(q, k_pages, v_pages, page_table, starts, lengths, contexts, scale=scale)
+    return choose(backend, FORMS)(
+        q, k_pages, v_pages, page_table, starts, lengths, contexts, scale=scale, window=window, soft_cap=soft_cap
+    )

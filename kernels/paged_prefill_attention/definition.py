@@ -18,10 +18,13 @@ def attend(
     contexts: jax.Array,
     *,
     scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> jax.Array:
     """See the package."""
     token = jnp.arange(q.shape[0])[:, None]
     inside = (token >= starts) & (token < starts + lengths)  # [T, R]
     chunk = jnp.argmax(inside, 1)
     seen = contexts[chunk] + token[:, 0] - starts[chunk] + 1
-    return decode.attend(q, k_pages, v_pages, page_table[chunk], jnp.where(inside.any(1), seen, 0), scale=scale)
+    seen = jnp.where(inside.any(1), seen, 0)
+    return decode.attend(q, k_pages, v_pages, page_table[chunk], seen, scale=scale, window=window, soft_cap=soft_cap)

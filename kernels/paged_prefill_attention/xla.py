@@ -29,9 +29,11 @@ def attend(
     contexts: jax.Array,
     *,
     scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> jax.Array:
     """See the package. Cost follows the chunks' real lengths, rounded up to blocks."""
-    form = functools.partial(over_heads, scale=scale)
+    form = functools.partial(over_heads, scale=scale, window=window, soft_cap=soft_cap)
     return by_platform(form, q, k_pages, v_pages, page_table, starts, lengths, contexts)
 
 
@@ -45,6 +47,8 @@ def over_heads(
     contexts: jax.Array,
     *,
     scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
     over: Over,
 ) -> jax.Array:
     """Chunk by chunk, query block by query block, and in each the KV heads in the order that `over` takes them."""
@@ -66,6 +70,7 @@ def over_heads(
         first = starts[r] + i * rows
         position = contexts[r] + i * rows + jnp.arange(rows)
         end = contexts[r] + jnp.minimum((i + 1) * rows, lengths[r])  # Tokens that the block's last query sees.
+        begin = 0 if window is None else jnp.maximum(position[0] - window + 1, 0)  # The first that its first one sees.
 
         def head(h: jax.Array) -> jax.Array:
             query = lax.dynamic_slice(queries, (h, 0, first, 0), (1, group, rows, head_dim))
@@ -81,19 +86,23 @@ def over_heads(
 
                 key = j * columns + jnp.arange(columns)
                 scores = jnp.einsum("qd,sd->qs", query, taken(k_pages), precision=lax.Precision.HIGHEST)
+                if soft_cap is not None:
+                    scores = soft_cap * jnp.tanh(scores / soft_cap)
                 seen = (key <= position[:, None]) & (key < end)
+                if window is not None:
+                    seen &= key > position[:, None] - window
                 scores = jnp.where(seen, scores.reshape(group, rows, columns), -jnp.inf).reshape(scores.shape)
                 new_best = jnp.maximum(best, scores.max(-1, keepdims=True))
                 rescale, p = jnp.exp(best - new_best), jnp.exp(scores - new_best)
                 # A freed page may hold anything, NaN included, and 0 * NaN is NaN.
-                values = jnp.where((key < end)[:, None], taken(v_pages), 0)
+                values = jnp.where(((key >= begin) & (key < end))[:, None], taken(v_pages), 0)
                 mean = mean * rescale + jnp.einsum("qs,sd->qd", p, values, precision=lax.Precision.HIGHEST)
                 return new_best, weight * rescale + p.sum(-1, keepdims=True), mean
 
             one = jnp.zeros((group * rows, 1))
             # The lowest number, not -inf: a row of padding sees nothing, and must not give NaN.
             start = (one + jnp.finfo(jnp.float32).min, one, jnp.zeros_like(query))
-            _, weight, mean = lax.fori_loop(0, -(-end // columns), key_block, start)
+            _, weight, mean = lax.fori_loop(begin // columns, -(-end // columns), key_block, start)
             return (mean / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)).reshape(group, rows, head_dim)
 
         block = over(head, jnp.arange(kv_heads))

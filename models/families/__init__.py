@@ -1,7 +1,7 @@
 """The families of checkpoints that are understood: one short file each, and the way to find it.
 
 A family says two things: how its config.json reads as an `Architecture`, and under which names a Hugging Face
-checkpoint keeps each parameter.
+checkpoint keeps each parameter. docs/families.md shows how to add one.
 """
 
 from __future__ import annotations
@@ -10,10 +10,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from ds_jax.architecture import Architecture
-from models.families import llama, opt
-from models.families.reading import WeightNames
+from models.families import gpt2, llama, mistral, opt, qwen2, qwen3
+from models.families.reading import InOut, WeightNames
 
-FAMILIES = {"llama": llama, "opt": opt}
+FAMILIES = {
+    "gpt2": gpt2,
+    "llama": llama,
+    "mistral": mistral,
+    "opt": opt,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+}
 """By `model_type` in config.json."""
 
 
@@ -31,9 +38,14 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     raise ValueError(f"the model is a {(classes or [model_type])[0]}, which is not supported; known are {known}")
 
 
+def prefix(arch: Architecture) -> str:
+    """What stands before all names but the output weights'; files of the model without its head leave it out."""
+    return getattr(FAMILIES[arch.family], "PREFIX", "model.")
+
+
 def weight_names(arch: Architecture) -> WeightNames:
     """The names in a checkpoint of every parameter: several where parameters are held as one array."""
     return FAMILIES[arch.family].weight_names(arch)
 
 
-__all__ = ["FAMILIES", "WeightNames", "architecture_of", "weight_names"]
+__all__ = ["FAMILIES", "InOut", "WeightNames", "architecture_of", "prefix", "weight_names"]

@@ -33,7 +33,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         max_positions=integer(config, "max_position_embeddings", 2048),
         norm="layer",
         norm_eps=1e-5,
-        norm_first=norm_first,
+        norms="before" if norm_first else "after",
         final_norm=norm_first and not config.get("_remove_final_layer_norm", False),
         activation=activation(config, "activation_function", "relu"),
         gated_mlp=False,

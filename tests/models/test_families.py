@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ds_jax.architecture import Architecture, LinearScaling, Llama3Scaling
+from ds_jax.architecture import LayerKind, LinearScaling, Llama3Scaling
 from models import rope
 from models.families import architecture_of, weight_names
 from models.layout import parameters
@@ -43,8 +43,8 @@ OPT = {
 
 def test_fields_of_a_llama_config_are_read_with_the_defaults_of_transformers():
     arch = architecture_of(LLAMA)
-    assert (arch.num_kv_heads, arch.head_dim, arch.rope_theta, arch.tie_embeddings) == (2, 8, 10000.0, False)
-    assert (arch.norm, arch.gated_mlp, arch.positions, arch.rope_scaling) == ("rms", True, "rope", None)
+    assert (arch.num_kv_heads, arch.head_dim, arch.kind(0).rope_theta, arch.tie_embeddings) == (2, 8, 10000.0, False)
+    assert (arch.norm, arch.gated_mlp, arch.positions, arch.kind(0).rope_scaling) == ("rms", True, "rope", None)
     assert architecture_of({**LLAMA, "num_key_value_heads": None, "head_dim": 16}).num_kv_heads == 8
 
 
@@ -57,26 +57,29 @@ def test_rope_scaling_is_read_from_old_and_new_files(where: str):
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    assert architecture_of({**LLAMA, where: llama3}).rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 8192)
-    assert architecture_of({**LLAMA, where: {"type": "linear", "factor": 2}}).rope_scaling == LinearScaling(2.0)
+    assert architecture_of({**LLAMA, where: llama3}).kind(0).rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 8192)
+    assert architecture_of({**LLAMA, where: {"type": "linear", "factor": 2}}).kind(2).rope_scaling == LinearScaling(2.0)
     for kind in ("dynamic", "yarn"):
-        with pytest.raises(ValueError, match=f"rope scaling '{kind}' is not supported; known are"):
+        with pytest.raises(ValueError, match=f"rope_scaling.rope_type = '{kind}' is not supported; known are default"):
             architecture_of({**LLAMA, where: {"rope_type": kind, "factor": 2.0}})
 
 
 def test_opt_has_two_rows_before_position_0_and_ties_its_embeddings_unless_told_otherwise():
     arch = architecture_of(OPT)
     assert (arch.positions, arch.position_offset, arch.tie_embeddings) == ("learned", 2, True)
-    assert (arch.norm_first, arch.final_norm) == (True, True)
+    assert (arch.norms, arch.final_norm) == ("before", True)
     small = architecture_of({**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 32})
-    assert (small.norm_first, small.final_norm, small.token_width) == (False, False, 32)
+    assert (small.norms, small.final_norm, small.token_width) == ("after", False, 32)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM, which is not supported; known are Llama"),
-        ({"model_type": "t5"}, "t5, which is not supported; known are LlamaForCausalLM .llama., OPTForCausalLM .opt."),
+        (
+            {"architectures": ["MambaForCausalLM"]},
+            "MambaForCausalLM, which is not supported; known are GPT2LMHeadModel",
+        ),
+        ({"model_type": "t5"}, "t5, which is not supported; known are .*, LlamaForCausalLM .llama., Mistral"),
         ({}, "None, which is not supported"),
         ({**LLAMA, "hidden_size": None}, "hidden_size = None must be a whole number of at least 1"),
         ({**LLAMA, "vocab_size": 0}, "vocab_size = 0 must be"),
@@ -137,11 +140,9 @@ def test_a_tp_that_does_not_fit_is_refused_before_anything_is_made(changes: dict
 
 
 def test_llama3_scaling_keeps_fast_turns_slows_slow_ones_and_ramps_between():
-    plain = Architecture("llama", 10, 64, 1, 1, 1, 64, 64, 8192, rope_theta=500000.0)
-    scaled = Architecture(
-        "llama", 10, 64, 1, 1, 1, 64, 64, 8192, rope_theta=500000.0, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 8192)
-    )
-    before, after = rope.inverse_frequencies(plain), rope.inverse_frequencies(scaled)
+    plain = LayerKind(rope_theta=500000.0)
+    scaled = LayerKind(rope_theta=500000.0, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 8192))
+    before, after = rope.inverse_frequencies(plain, 64), rope.inverse_frequencies(scaled, 64)
     turns = 8192 * before / (2 * math.pi)  # In the original context
     np.testing.assert_array_equal(after[turns > 4], before[turns > 4])
     np.testing.assert_allclose(after[turns < 1], before[turns < 1] / 8, rtol=1e-6)
@@ -150,11 +151,12 @@ def test_llama3_scaling_keeps_fast_turns_slows_slow_ones_and_ramps_between():
 
 
 def test_rotation_keeps_dot_products_that_depend_on_distance_alone():
-    arch = Architecture("llama", 10, 16, 1, 1, 1, 16, 16, 64)
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 16))
 
     def score(at: int, of: int) -> jax.Array:
-        turned = [rope.rotate(x, *rope.angles(arch, jnp.array([position]))) for x, position in ((q, at), (k, of))]
+        turned = [
+            rope.rotate(x, *rope.angles(LayerKind(), 16, jnp.array([position]))) for x, position in ((q, at), (k, of))
+        ]
         return jnp.vdot(*turned)
 
     np.testing.assert_allclose(score(5, 2), score(43, 40), rtol=1e-4)
