@@ -21,6 +21,8 @@ __all__ = ["AsyncEngine", "Draining", "Output", "Overloaded", "RequestError"]
 class Output:
     """What came since the last one."""
 
+    index: int = 0
+    """Which of the request's n outputs this belongs to."""
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
@@ -54,38 +56,48 @@ class AsyncEngine:
     async def generate(
         self, prompt_token_ids: list[int], params: SamplingParams, deadline_s: float | None = None
     ) -> AsyncIterator[Output]:
-        """Stream a completion. Closing or cancelling the iterator aborts the request.
+        """Stream the `params.n` outputs of a prompt. Closing or cancelling the iterator aborts what still runs.
 
         Raises:
             RequestError: the request can never run; Overloaded: try later; Draining: shutting down.
         """
-        request = self._engine.submit(prompt_token_ids, params, deadline_s)
-        updates = self._queues[request] = asyncio.Queue()
-        stream = TextStream(self.tokenizer, params.stop)
-        over = False
+        sequences = self._engine.submit(prompt_token_ids, params, deadline_s)
+        queue: asyncio.Queue[Update] = asyncio.Queue()
+        self._queues.update(dict.fromkeys(sequences, queue))
+        streams = {id: TextStream(self.tokenizer, params.stop) for id in sequences}
+        living = set(sequences)
         try:
-            while not over:
-                update = await updates.get()
-                token_ids, reason = update.token_ids, update.finish_reason
-                while reason is None and not updates.empty():  # catch up in one piece when the reader was slow
-                    update = updates.get_nowait()
-                    token_ids, reason = token_ids + update.token_ids, update.finish_reason
-                text = stream.push(token_ids)
-                if stream.stopped and reason in (None, "length"):
-                    # The text is complete. Stages come with the answer to the stop.
-                    self._engine.stop(request, "stop")
-                    while update.finish_reason is None:
-                        update = await updates.get()
-                    reason = "stop"
-                over = reason is not None
-                if over and not stream.stopped:
-                    text += stream.finish()
-                stages_s = None if update.times is None else update.times.stages_s()
-                yield Output(token_ids, text, reason, stages_s, update.error)
+            while living:
+                for id, updates in _by_sequence(await queue.get(), queue).items():
+                    output = self._output(id - sequences.start, streams[id], id, updates)
+                    if output is not None:
+                        if output.finish_reason is not None:
+                            living.remove(id)
+                        yield output
         finally:
-            del self._queues[request]
-            if not over:
-                self._engine.stop(request, "abort")
+            for id in sequences:
+                del self._queues[id]
+            for id in living:
+                self._engine.stop(id, "abort")
+
+    def _output(self, index: int, stream: TextStream, id: int, updates: list[Update]) -> Output | None:
+        """What the updates of one sequence add; None if nothing does, because its text was complete before."""
+        last = updates[-1]
+        was_complete = stream.stopped
+        token_ids = [] if was_complete else [token for update in updates for token in update.token_ids]
+        text = "" if was_complete else stream.push(token_ids)
+        reason = last.finish_reason
+        if stream.stopped:
+            if reason is not None:
+                reason = "stop"
+            elif was_complete:
+                return None
+            else:
+                self._engine.stop(id, "stop")  # the answer to this brings the stages
+        elif reason is not None:
+            text += stream.finish()
+        stages_s = None if last.times is None else last.times.stages_s()
+        return Output(index, token_ids, text, reason, stages_s, last.error)
 
     def _listen(self, updates: list[Update]) -> None:
         """On the dispatch thread: one wake-up of the event loop per step."""
@@ -97,7 +109,7 @@ class AsyncEngine:
 
     def _distribute(self, updates: list[Update]) -> None:
         for update in updates:
-            if (queue := self._queues.get(update.request)) is not None:
+            if (queue := self._queues.get(update.sequence)) is not None:
                 queue.put_nowait(update)
 
     @property
@@ -116,3 +128,12 @@ class AsyncEngine:
     async def close(self) -> None:
         """Abort what still runs and free the devices."""
         await asyncio.to_thread(self._engine.close)
+
+
+def _by_sequence(first: Update, queue: asyncio.Queue[Update]) -> dict[int, list[Update]]:
+    """Everything that has come by now, so that a slow reader catches up in one piece."""
+    updates = {first.sequence: [first]}
+    while not queue.empty():
+        update = queue.get_nowait()
+        updates.setdefault(update.sequence, []).append(update)
+    return updates

@@ -9,7 +9,6 @@ step and not one per token.
 from __future__ import annotations
 
 import heapq
-import itertools
 import logging
 import queue
 import random
@@ -49,12 +48,12 @@ log = logging.getLogger(__name__)
 
 
 class Update(NamedTuple):
-    """What one step, or one ending, brought for one request."""
+    """What one step, or one ending, brought for one sequence."""
 
-    request: int
+    sequence: int
     token_ids: list[int]
     finish_reason: str | None = None
-    """stop, length, abort, deadline or error; None while the request goes on."""
+    """stop, length, abort, deadline or error; None while the sequence goes on."""
     times: RequestTimes | None = None
     """Stages and latencies, with the last update."""
     error: str | None = None
@@ -95,7 +94,8 @@ class Engine:
         self._unstarted: set[int] = set()
         self._updates: list[Update] = []
         self._alive: dict[int, Instance] = {}
-        self._ids = itertools.count()
+        self._next_id = 0
+        self._submitting = threading.Lock()
         self._draining = False
         self._closed = False
         self._failure: str | None = None
@@ -134,8 +134,8 @@ class Engine:
                 "max_tokens",
             )
 
-    def submit(self, prompt: list[int], params: SamplingParams, deadline_s: float | None = None) -> int:
-        """Queue a request; its updates go to the listener under the id returned.
+    def submit(self, prompt: list[int], params: SamplingParams, deadline_s: float | None = None) -> range:
+        """Queue a request; updates of its `params.n` sequences go to the listener under the ids returned.
 
         Raises:
             RequestError: it can never run.
@@ -150,16 +150,19 @@ class Engine:
         if len(self._unstarted) >= self.config.engine.max_waiting:
             raise Overloaded(f"{len(self._unstarted)} requests are waiting already (engine.max_waiting)", 1.0)
         seed = random.getrandbits(63) if params.seed is None else params.seed
-        sequence = Sequence(next(self._ids), prompt, params, seed)
-        self._unstarted.add(sequence.id)
         deadline_s = deadline_s if deadline_s is not None else self.config.engine.deadline_s or None
         deadline_ns = None if deadline_s is None else time.monotonic_ns() + int(deadline_s * 1e9)
-        self.call_soon(self._arrive, sequence, deadline_ns)
-        return sequence.id
+        with self._submitting:
+            ids = range(self._next_id, self._next_id + params.n)
+            self._next_id = ids.stop
+            self._unstarted.add(ids.start)
+            sequences = [Sequence(id, prompt, params, seed, index) for index, id in enumerate(ids)]
+            self.call_soon(self._arrive, sequences, deadline_ns)
+        return ids
 
-    def stop(self, request: int, reason: str = "abort") -> None:
-        """End a request (client gone, stop string); nothing happens if it is over already."""
-        self.call_soon(self._stop, request, reason)
+    def stop(self, sequence: int, reason: str = "abort") -> None:
+        """End a sequence (client gone, stop string); nothing happens if it is over already."""
+        self.call_soon(self._stop, sequence, reason)
 
     def call_soon(self, callback: Callable[..., None], *args: Any) -> None:
         """Run the callback on the dispatch thread."""
@@ -245,23 +248,33 @@ class Engine:
         while self._timers and self._timers[0][0] <= self._now_ns:
             self._handle(Timer(heapq.heappop(self._timers)[1]))
 
-    def _arrive(self, sequence: Sequence, deadline_ns: int | None) -> None:
-        self._living[sequence.id] = sequence
+    def _arrive(self, sequences: list[Sequence], deadline_ns: int | None) -> None:
+        for sequence in sequences:
+            self._living[sequence.id] = sequence
+            if deadline_ns is not None:
+                self._deadlines[sequence.id] = deadline_ns
         if self._failure is not None:
-            return self._finish(sequence, "error", error=self._failure)
-        if deadline_ns is not None:
-            self._deadlines[sequence.id] = deadline_ns
-        params = sequence.sampling
-        self._handle(Arrived(Request(sequence.id, len(sequence.prompt), params.max_tokens, sequence.seed, deadline_ns)))
+            return self._fail(self._failure)
+        leader = sequences[0]
+        params = leader.sampling
+        request = Request(
+            id=leader.id,
+            prompt_tokens=len(leader.prompt),
+            max_tokens=params.max_tokens,
+            seed=leader.seed,
+            deadline_ns=deadline_ns,
+            n=len(sequences),
+        )
+        self._handle(Arrived(request))
 
-    def _stop(self, request: int, reason: str) -> None:
-        sequence = self._living.get(request)
+    def _stop(self, id: int, reason: str) -> None:
+        sequence = self._living.get(id)
         if sequence is not None:
-            self._handle(Stopped(request, reason))
+            self._handle(Stopped(id, reason))
             self._finish(sequence, reason)
 
     def _finish(self, sequence: Sequence, reason: str, error: str | None = None, retry: float | None = None) -> None:
-        """The request is over: tell its listener, forget it everywhere."""
+        """The sequence is over: tell the listener, forget it everywhere."""
         del self._living[sequence.id]
         self._unstarted.discard(sequence.id)
         self._deadlines.pop(sequence.id, None)
@@ -269,7 +282,7 @@ class Engine:
         times = self._clock.pop(sequence.id) if self._clock.ended(sequence.id) else None
         self._updates.append(Update(sequence.id, [], reason, times, error, retry))
         self._counts["finished"] += 1
-        self._counts["prompt_tokens"] += len(sequence.prompt)
+        self._counts["prompt_tokens"] += 0 if sequence.index else len(sequence.prompt)
         self._counts["output_tokens"] += len(sequence.output)
 
     def _deliver(self) -> None:
@@ -285,8 +298,8 @@ class Engine:
         self._idle_waiters.append(idle)
 
     def _abort_all(self) -> None:
-        for request in list(self._living):
-            self._stop(request, "abort")
+        for id in list(self._living):
+            self._stop(id, "abort")
 
     def _fail(self, why: str) -> None:
         self._failure = why

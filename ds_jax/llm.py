@@ -20,10 +20,9 @@ from ds_jax.text import TextStream
 
 
 @dataclass(frozen=True)
-class RequestOutput:
-    """One finished request."""
+class Completion:
+    """One finished output of a prompt."""
 
-    prompt_token_ids: list[int]
     token_ids: list[int]
     text: str
     finish_reason: str
@@ -34,6 +33,34 @@ class RequestOutput:
     def stages_s(self) -> dict[str, float] | None:
         """Seconds in each of the five stages."""
         return None if self.times is None else self.times.stages_s()
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """One finished request: a prompt and its n completions. What it says of itself is said of the first."""
+
+    prompt_token_ids: list[int]
+    completions: tuple[Completion, ...]
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.completions[0].token_ids
+
+    @property
+    def text(self) -> str:
+        return self.completions[0].text
+
+    @property
+    def finish_reason(self) -> str:
+        return self.completions[0].finish_reason
+
+    @property
+    def times(self) -> RequestTimes | None:
+        return self.completions[0].times
+
+    @property
+    def stages_s(self) -> dict[str, float] | None:
+        return self.completions[0].stages_s
 
 
 class LLM:
@@ -79,35 +106,41 @@ class LLM:
         return self._generate(tokens, each)
 
     def _generate(self, prompts: list[list[int]], each: list[SamplingParams]) -> list[RequestOutput]:
-        outputs: list[RequestOutput | None] = [None] * len(prompts)
+        outputs: list[list[Completion | None]] = [[None] * params.n for params in each]
         running: dict[int, _Running] = {}
         submitted = 0
-        with tqdm(total=len(prompts), desc="requests", unit="req", disable=not self._progress) as bar:
+        total = sum(params.n for params in each)
+        with tqdm(total=total, desc="sequences", unit="seq", disable=not self._progress) as bar:
             generated = 0
             try:
                 while submitted < len(prompts) or running:
                     while submitted < len(prompts) and len(running) < self._window:
-                        request = self.engine.submit(prompts[submitted], each[submitted])
-                        running[request] = _Running(submitted, TextStream(self.tokenizer, each[submitted].stop))
+                        params = each[submitted]
+                        for index, id in enumerate(self.engine.submit(prompts[submitted], params)):
+                            running[id] = _Running((submitted, index), TextStream(self.tokenizer, params.stop))
                         submitted += 1
                     for update in self._updates.get():
-                        one = running.get(update.request)
+                        one = running.get(update.sequence)
                         if one is None:
                             continue  # of an earlier call that was interrupted
                         generated += len(update.token_ids)
                         one.add(update)
                         if one.stream.stopped and not one.stopping:
                             one.stopping = True
-                            self.engine.stop(update.request, "stop")
+                            self.engine.stop(update.sequence, "stop")
                         if update.finish_reason is not None:
-                            del running[update.request]
-                            outputs[one.index] = one.output(prompts[one.index], update)
+                            del running[update.sequence]
+                            request, index = one.place
+                            outputs[request][index] = one.completion(update)
                             bar.update()
                     bar.set_postfix(tokens=generated, refresh=False)
             finally:
-                for request in running:
-                    self.engine.stop(request)
-        return [output for output in outputs if output is not None]
+                for id in running:
+                    self.engine.stop(id)
+        return [
+            RequestOutput(prompt, tuple(one for one in completions if one is not None))
+            for prompt, completions in zip(prompts, outputs, strict=True)
+        ]
 
     def close(self) -> None:
         """Stop the engine and free the devices."""
@@ -123,10 +156,11 @@ class LLM:
 
 
 class _Running:
-    """A request on its way, and its text so far."""
+    """A sequence on its way, and its text so far."""
 
-    def __init__(self, index: int, stream: TextStream):
-        self.index = index
+    def __init__(self, place: tuple[int, int], stream: TextStream):
+        self.place = place
+        """Which prompt, and which of its outputs."""
         self.stream = stream
         self.stopping = False
         self.token_ids: list[int] = []
@@ -137,9 +171,9 @@ class _Running:
             self.token_ids += update.token_ids
             self.text.append(self.stream.push(update.token_ids))
 
-    def output(self, prompt: list[int], last: Update) -> RequestOutput:
+    def completion(self, last: Update) -> Completion:
         assert last.finish_reason is not None
         if not self.stream.stopped:
             self.text.append(self.stream.finish())
         reason = "stop" if self.stream.stopped else last.finish_reason
-        return RequestOutput(prompt, self.token_ids, "".join(self.text), reason, last.times, last.error)
+        return Completion(self.token_ids, "".join(self.text), reason, last.times, last.error)

@@ -16,6 +16,8 @@ class SamplingParams:
 
     max_tokens: int = 16
     """Most tokens to generate (>= 1)."""
+    n: int = 1
+    """Outputs to generate, each from random numbers of its own."""
     temperature: float = 1.0
     """0 is greedy; otherwise logits are divided by it."""
     top_p: float = 1.0
@@ -33,6 +35,7 @@ class SamplingParams:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _integer("n", self.n, 1, 128)
         _integer("top_k", self.top_k, 0, 2**31 - 1)
         _real("temperature", self.temperature, 0.0, 100.0)
         _real("top_p", self.top_p, 0.0, 1.0)

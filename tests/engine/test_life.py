@@ -87,12 +87,23 @@ def test_max_tokens_of_zero_is_refused() -> None:
         SamplingParams(max_tokens=0)
 
 
+def test_four_outputs_of_one_prompt_differ_and_come_again_from_the_same_seed(llm: LLM) -> None:
+    params = SamplingParams(n=4, max_tokens=12, temperature=1.0, seed=5, ignore_eos=True)
+    [first] = llm.generate([[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]], params)
+    assert len({tuple(completion.token_ids) for completion in first.completions}) == 4
+    [alone] = llm.generate([[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]], replace(params, n=1))
+    assert alone.token_ids == first.token_ids, "the first of n is the one that n = 1 gives"
+    again = llm.generate([[7] * 20, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]], [replace(params, n=2), params])[1]
+    assert [one.token_ids for one in again.completions] == [one.token_ids for one in first.completions]
+    until(lambda: pages_used(llm) == 0)
+
+
 def test_an_abort_frees_the_pages(llm: LLM) -> None:
     long = SamplingParams(max_tokens=90, temperature=0, ignore_eos=True)
-    requests = [llm.engine.submit([index + 1], long) for index in range(3)]
+    sequences = [llm.engine.submit([index + 1], long).start for index in range(3)]
     until(lambda: pages_used(llm) > 0)
-    for request in requests:
-        llm.engine.stop(request)
+    for sequence in sequences:
+        llm.engine.stop(sequence)
     until(lambda: pages_used(llm) == 0)
     assert llm.engine.statistics()["requests"] == 0
 

@@ -27,9 +27,9 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Log:
     with serve(config) as llm:
         prompts, params = mixed_requests(60, llm.engine.executor.arch.vocab_size, seed=1)
         engine = llm.engine
-        aborted = [engine.submit([5, 6, 7], SamplingParams(max_tokens=80, ignore_eos=True)) for _ in range(4)]
-        for delay_s, request in zip((0.001, 0.01, 0.02, 0.03), aborted, strict=True):
-            threading.Timer(delay_s, engine.stop, (request,)).start()
+        aborted = [engine.submit([5, 6, 7], SamplingParams(max_tokens=80, ignore_eos=True)).start for _ in range(4)]
+        for delay_s, sequence in zip((0.001, 0.01, 0.02, 0.03), aborted, strict=True):
+            threading.Timer(delay_s, engine.stop, (sequence,)).start()
         outputs = llm.generate(prompts, params)
         assert sum(output.times.replays for output in outputs if output.times is not None), "nothing was preempted"
         engine.drain(60)
