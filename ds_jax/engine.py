@@ -355,9 +355,14 @@ class Engine:
 
     def instance_lost(self, instance: int, epoch: int, why: str) -> None:
         """An instance lost its pages; whatever ran there is replayed elsewhere, or there once it is back."""
-        log.error("instance %d (epoch %d) is lost: %s", instance, epoch, why)
         self._alive.pop(instance, None)
         self._handle(InstanceLost(instance, epoch))
+
+    def instance_gone(self, instance: int, why: str) -> None:
+        """A lost instance will not come back. If it was the last of its role, waiting would be in vain."""
+        log.error("instance %d stays lost: %s", instance, why)
+        if self._failure is None and not self.healthy:
+            self._fail(f"instance {instance} stays lost: {why}")
 
 
 def _quit() -> None:

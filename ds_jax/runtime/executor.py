@@ -64,6 +64,9 @@ class Sink(Protocol):
     def instance_up(self, instance: protocol.Instance) -> None:
         """An instance has come back, empty."""
 
+    def instance_gone(self, instance: int, why: str) -> None:
+        """An instance that was lost will not come back."""
+
 
 @dataclass
 class CopyInFlight:
@@ -319,13 +322,13 @@ class InProcessExecutor:
             self._answer_copy(copy, False)
         self._deaths[number] += 1
         if self._deaths[number] > LIVES_WITHOUT_A_STEP:
-            log.error("instance %d stays lost: %d lives without one good step", number, LIVES_WITHOUT_A_STEP)
-            return
+            why = f"{LIVES_WITHOUT_A_STEP} lives without one good step, the last one ended by {why}"
+            return self._listener.instance_gone(number, why)
         try:
             instance.begin_life()
-        except Exception:
-            log.exception("instance %d stays lost: its memory cannot be had again", number)
-            return
+        except Exception as error:
+            log.exception("instance %d cannot begin another life", number)
+            return self._listener.instance_gone(number, f"its memory cannot be had again: {_why(error)}")
         instance.epoch += 1
         self._alive[number] = True
         self._listener.instance_up(describe(instance, self._groups[number]))

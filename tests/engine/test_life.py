@@ -149,6 +149,26 @@ def test_a_lost_instance_comes_back_and_its_requests_are_replayed(role: str) -> 
         until(lambda: pages_used(llm) == 0)
 
 
+@pytest.mark.parametrize("instances", [1, 2])
+def test_nobody_waits_for_an_instance_that_stays_lost(monkeypatch: pytest.MonkeyPatch, instances: int) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("caught fire")
+
+    with serve(config_for(CASE, decode_instances=instances)) as llm:
+        monkeypatch.setattr(llm.engine.executor._instances[1], "run", fail)
+        outputs = llm.generate([[1, 2, 3], [4], [5, 6]], replace(GREEDY, max_tokens=20))
+        if instances == 2:  # the other one goes on
+            assert [len(output.token_ids) for output in outputs] == [20] * 3
+            assert llm.engine.healthy
+        else:
+            assert {output.finish_reason for output in outputs} == {"error"}
+            error = str(outputs[0].completions[0].error)
+            assert "stays lost" in error and "caught fire" in error
+            assert not llm.engine.healthy
+            with pytest.raises(Draining, match="the engine has failed: instance 1 stays lost"):
+                llm.generate([[1]], GREEDY)
+
+
 def lose_when(llm: LLM, instance: int, finished: int) -> None:
     """On the dispatch thread: take the instance's KV pool away once some requests have finished."""
     if llm.engine.statistics()["finished"] < finished:

@@ -58,6 +58,9 @@ class Bench:
         self._page.pop(instance.id, None)
         self.heard.append(("up", instance.id, instance.epoch))
 
+    def instance_gone(self, instance: int, why: str) -> None:
+        self.heard.append(("gone", instance))
+
     def turn(self, timeout_s: float = 60) -> None:
         """Run the next callback."""
         callback, args = self.calls.get(timeout=timeout_s)

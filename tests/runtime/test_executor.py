@@ -18,27 +18,26 @@ from tests.goldens import CASES
 from tests.runtime.harness import Bench, bench, write_config
 
 GOLDEN = CASES[0]
+PAGE = 8
 SAMPLED = SamplingParams(temperature=1.3, top_k=40, top_p=0.95)
 PROMPTS = [[5, 6, 7], list(range(20, 57)), [9] * 11, [3]]
 
 
-def config_for(
-    prefill_tp: int = 1, decode_tp: int = 1, mixed: int = 0, token_buckets: tuple[int, ...] = (64,)
-) -> Config:
-    sizes: dict[str, Any] = {"max_step_tokens": 64, "max_step_sequences": 4, "token_buckets": token_buckets}
+def config_for(prefill_tp: int = 1, decode_tp: int = 1, mixed: int = 0) -> Config:
+    sizes: dict[str, Any] = {"max_step_tokens": 64, "max_step_sequences": 4, "token_buckets": (64,)}
     return Config(
         model=ModelConfig(path=str(GOLDEN.folder)),
         prefill=PrefillConfig(tp=prefill_tp, **sizes),
         decode=DecodeConfig(tp=decode_tp, slots=4),
         mixed=MixedConfig(instances=mixed, slots=4, **sizes),
-        cache=CacheConfig(page_size=4, num_pages=2048),
+        cache=CacheConfig(page_size=PAGE, num_pages=2048),
     )
 
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Bench]:
     """One executor for all tests that leave it as it was."""
-    with bench(config_for(decode_tp=2, mixed=1, token_buckets=(16, 64))) as b:
+    with bench(config_for(decode_tp=2, mixed=1)) as b:
         yield b
         assert b.executor.compilations.count == 0, "something compiled while serving"
 
@@ -102,7 +101,7 @@ def test_sequences_that_join_and_leave_a_running_batch_do_not_disturb_each_other
             shared.finish(flying.pop(0)[0])
         decodes = []
         for slot, sequence in slots.items():
-            missing = pages_for(len(sequence) + ahead(sequence), 4) - have[sequence.id]
+            missing = pages_for(len(sequence) + ahead(sequence), PAGE) - have[sequence.id]
             decodes.append(Decode(sequence.id, slot, shared.pages(decode, missing) if missing > 0 else ()))
             have[sequence.id] += max(missing, 0)
             done[sequence.id] += 1
@@ -134,8 +133,8 @@ def test_a_mixed_instance_prefills_and_decodes_in_one_step(shared: Bench, alone:
     mixed = shared.of(Role.MIXED).id
     first, second = (shared.add(PROMPTS[i], SAMPLED, seed=i) for i in (0, 1))
     have = {first.id: len(shared.prefill(first, mixed))}
-    pages = shared.pages(mixed, pages_for(len(second), 4))
-    missing = pages_for(len(first), 4) - have[first.id]
+    pages = shared.pages(mixed, pages_for(len(second), PAGE))
+    missing = pages_for(len(first), PAGE) - have[first.id]
     step = shared.run(
         mixed,
         (Prefill(second.id, 0, len(second), True, pages),),
@@ -156,7 +155,7 @@ def test_a_series_of_copies_brings_a_prompt_page_by_page(shared: Bench, alone: l
     source, destination = shared.of(Role.PREFILL).id, shared.of(Role.DECODE).id
     sequence = shared.add(PROMPTS[1], SAMPLED, seed=1)
     here = shared.prefill(sequence, source)
-    cuts = [here[:3], here[3:4], here[4:]]
+    cuts = [here[:2], here[2:3], here[3:]]
     copies = [shared.start_copy(sequence, source, part, destination, last=part is cuts[-1]) for part in cuts]
     have = {sequence.id: sum(len(shared.finish_copy(copy)) for copy in copies)}
     shared.finish(shared.decode({1: sequence}, destination, have))
@@ -275,6 +274,7 @@ def test_an_instance_that_fails_again_and_again_stays_lost(fragile: Bench, monke
         b.run(0)
         b.wait(lambda epoch=epoch: ("lost", 0, epoch) in b.heard)
     assert [event for event in b.heard if event[0] == "up"] == [("up", 0, 1), ("up", 0, 2), ("up", 0, 3)]
+    assert b.heard[-1] == ("gone", 0)
 
 
 def test_a_good_step_in_between_gives_an_instance_all_its_lives_again(fragile: Bench, monkeypatch: pytest.MonkeyPatch):
