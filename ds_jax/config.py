@@ -171,6 +171,8 @@ class Config:
                 f"policy = disaggregated needs prefill.instances >= 1 and decode.instances >= 1, "
                 f"got {self.prefill.instances} and {self.decode.instances}"
             )
+        if self.policy == "disaggregated" and self.mixed.instances:
+            raise ValueError(f"policy = disaggregated needs mixed.instances = 0, got {self.mixed.instances}")
 
 
 def _at_least(name: str, value: int, low: int) -> None:

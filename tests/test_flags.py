@@ -179,9 +179,17 @@ def test_a_flag_of_the_wrong_type_is_refused_with_what_it_must_be(argument, sent
     assert str(error.value) == f"flag {argument}: {sentence}"
 
 
-def test_what_the_configuration_itself_refuses_is_refused():
-    with pytest.raises(ValueError, match=r"decode.pp = 2 is not supported yet"):
-        _load("--config.decode.pp=2")
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("--config.decode.pp=2", "decode.pp = 2 is not supported yet"),
+        ("--config.decode.instances=0", "needs prefill.instances >= 1 and decode.instances >= 1, got 1 and 0"),
+        ("--config.mixed.instances=1", "policy = disaggregated needs mixed.instances = 0, got 1"),
+    ],
+)
+def test_what_the_configuration_itself_refuses_is_refused(argument, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        _load(argument)
 
 
 def test_a_missing_file_is_answered_with_the_nearest_name():

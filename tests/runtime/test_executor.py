@@ -27,6 +27,7 @@ def config_for(prefill_tp: int = 1, decode_tp: int = 1, mixed: int = 0) -> Confi
     sizes: dict[str, Any] = {"max_step_tokens": 64, "max_step_sequences": 4, "token_buckets": (64,)}
     return Config(
         model=ModelConfig(path=str(GOLDEN.folder)),
+        policy="by:hand",
         prefill=PrefillConfig(tp=prefill_tp, **sizes),
         decode=DecodeConfig(tp=decode_tp, slots=4),
         mixed=MixedConfig(instances=mixed, slots=4, **sizes),
