@@ -66,6 +66,7 @@ def test_one_token_needs_no_hand_over(llm: LLM) -> None:
     ("prompt", "params", "param", "says"),
     [
         ([], GREEDY, "prompt", "empty"),
+        ("", GREEDY, "prompt", "empty"),
         ([1, 10_000], GREEDY, "prompt", "token id 10000; the vocabulary is 0 to"),
         ([-1], GREEDY, "prompt", "token id -1"),
         ([1] * 96, GREEDY, "prompt", "prompt has 96 tokens; the model allows 96"),
@@ -73,7 +74,7 @@ def test_one_token_needs_no_hand_over(llm: LLM) -> None:
     ],
 )
 def test_what_can_never_run_is_refused_by_name(
-    llm: LLM, prompt: list[int], params: SamplingParams, param: str, says: str
+    llm: LLM, prompt: list[int] | str, params: SamplingParams, param: str, says: str
 ) -> None:
     with pytest.raises(RequestError, match=says) as caught:
         llm.generate([[1, 2], prompt], params)
