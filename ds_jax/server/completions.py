@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from ds_jax.errors import RequestError
-from ds_jax.server.generation import Generation, check_model, collect, fitted, head, tokenized
+from ds_jax.server.generation import Generation, check_model, collect, fitted, head, renamed, tokenized
 from ds_jax.server.schemas import CompletionRequest
 from ds_jax.server.streaming import DONE, EventStream, event, unless_hung_up
 
@@ -30,7 +30,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     body.check()
     texts = body.prompts()
     params = body.sampling(DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens)
-    prompts = await tokenized(sum(map(len, texts)), lambda: [_token_ids(engine, text) for text in texts])
+    prompts = await tokenized(sum(map(len, texts)), lambda: _all_token_ids(engine, texts))
     each = [params] * len(prompts)
     if body.max_tokens is None:
         each = fitted(engine, params, prompts, DEFAULT_MAX_TOKENS)
@@ -62,6 +62,16 @@ async def _events(generation: Generation, start: dict[str, Any], with_usage: boo
 def _choice(index: int, text: str, finish_reason: str | None, stages_s: dict[str, float] | None) -> dict[str, Any]:
     choice = {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
     return choice if stages_s is None else {**choice, "stages_s": stages_s}
+
+
+def _all_token_ids(engine: AsyncEngine, texts: Sequence[str | list[int]]) -> list[list[int]]:
+    prompts = []
+    for index, text in enumerate(texts):
+        try:
+            prompts.append(_token_ids(engine, text))
+        except RequestError as error:
+            raise renamed(error, {}, index if len(texts) > 1 else None) from error
+    return prompts
 
 
 def _token_ids(engine: AsyncEngine, prompt: str | list[int]) -> list[int]:

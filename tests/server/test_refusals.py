@@ -73,7 +73,7 @@ def test_a_wrong_value_is_refused_by_field_value_and_limit(
         ("", "prompt is empty"),
         ([], "prompt is empty"),
         ([[]], "prompt is empty"),
-        (["a", ""], "prompt is empty"),
+        (["a", ""], "prompt[1] is empty"),
         ([5] * 64, "prompt has 64 tokens; the model allows 64"),
         ([5, 999], "token id 999"),
         ([[5], [999]], "prompt[1] has token id 999"),
