@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import mmap
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -98,10 +99,10 @@ def load_params(
             return found
 
         joined = parameter.join(index, view)
-        # What is a view still (and so cannot be written to) would keep the file mapped, and change with it.
-        copied = joined.astype(jnp.dtype(dtype), order="C", copy=not joined.flags.writeable)
+        numbers = _empty(joined.shape, jnp.dtype(dtype))
+        np.copyto(numbers, joined, casting="unsafe")
         progress(read)
-        return copied
+        return numbers
 
     def load(parameter: Parameter) -> jax.Array:
         sharding = sharding_of(parameter.axes, mesh)
@@ -163,6 +164,19 @@ def _dummy(parameter: Parameter, whole: tuple[int, ...], dtype: Any, seed: jax.A
 
 def _tree(values: Mapping[tuple[str | int, ...], jax.Array]) -> Params:
     return nnx.traversals.unflatten_mapping(dict(values))
+
+
+def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Memory for numbers on their way to a device; when large, pages of its own.
+
+    They go back to the system at once, where the heap would keep holes between what stays. A CPU device takes them over
+    as they are.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < 2**20:
+        return np.empty(shape, dtype)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, dtype).reshape(shape)
 
 
 def _check_tensors(folder: Path, arch: Architecture, tensors: Mapping[str, StoredTensor]) -> None:
