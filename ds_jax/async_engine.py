@@ -11,7 +11,7 @@ from typing import Any
 from ds_jax.config import Config
 from ds_jax.engine import Engine, Update
 from ds_jax.errors import Draining, Overloaded, RequestError
-from ds_jax.sampling import SamplingParams
+from ds_jax.sampling import SamplingParams, TokenLogprobs
 from ds_jax.text import TextStream
 
 __all__ = ["AsyncEngine", "Draining", "Output", "Overloaded", "RequestError"]
@@ -30,6 +30,10 @@ class Output:
     stages_s: dict[str, float] | None = None
     """Seconds in each of the five stages, with the last output."""
     error: str | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    """One for each of `token_ids`, if they were asked for."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """One for each token of the prompt but the first, with the first output, if they were asked for."""
 
 
 class AsyncEngine:
@@ -97,7 +101,10 @@ class AsyncEngine:
         elif reason is not None:
             text += stream.finish()
         stages_s = None if last.times is None else last.times.stages_s()
-        return Output(index, token_ids, text, reason, stages_s, last.error)
+        found = [one for update in updates for one in update.logprobs or ()]
+        logprobs = None if was_complete or all(update.logprobs is None for update in updates) else found
+        prompt_logprobs = next((one.prompt_logprobs for one in updates if one.prompt_logprobs is not None), None)
+        return Output(index, token_ids, text, reason, stages_s, last.error, logprobs, prompt_logprobs)
 
     def _listen(self, updates: list[Update]) -> None:
         """On the dispatch thread: one wake-up of the event loop per step."""

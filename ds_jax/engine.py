@@ -38,9 +38,9 @@ from ds_jax.protocol import (
     Timer,
 )
 from ds_jax.recorder import Recorder
-from ds_jax.runtime.executor import InProcessExecutor
+from ds_jax.runtime.executor import InProcessExecutor, Scores
 from ds_jax.runtime.sequence import Sequence
-from ds_jax.sampling import SamplingParams
+from ds_jax.sampling import SamplingParams, TokenLogprobs
 from ds_jax.scheduling import create_scheduler
 from ds_jax.text import Tokenizer
 
@@ -58,6 +58,10 @@ class Update(NamedTuple):
     """Stages and latencies, with the last update."""
     error: str | None = None
     retry_after_s: float | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    """One for each of `token_ids`, if the request asks for them."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """One for each token of the prompt but the first, with the first update, if the request asks for them."""
 
 
 Listener = Callable[[list[Update]], None]
@@ -83,6 +87,7 @@ class Engine:
         self.executor.build(progress)
         self.max_model_len = self.executor.max_model_len
         self._eos = frozenset(self.executor.checkpoint.eos_token_ids)
+        self._most_outputs = max(instance.max_step_sequences for instance in self.executor.instances)
         self._listener = listener
         self._clock = StageClock()
         self._inbox: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = queue.SimpleQueue()
@@ -133,6 +138,14 @@ class Engine:
                 f"that {whose} allows: at most {limit - len(prompt)}",
                 "max_tokens",
             )
+        if params.n > self._most_outputs:
+            raise RequestError(
+                f"n = {params.n} must be at most {self._most_outputs} here (prefill.max_step_sequences)", "n"
+            )
+        for name, ids in (("logit_bias", dict(params.logit_bias)), ("stop_token_ids", params.stop_token_ids)):
+            for token in ids:
+                if token >= vocabulary:
+                    raise RequestError(f"{name} has token id {token}; the vocabulary is 0 to {vocabulary - 1}", name)
 
     def submit(self, prompt: list[int], params: SamplingParams, deadline_s: float | None = None) -> range:
         """Queue a request; updates of its `params.n` sequences go to the listener under the ids returned.
@@ -156,7 +169,8 @@ class Engine:
             ids = range(self._next_id, self._next_id + params.n)
             self._next_id = ids.stop
             self._unstarted.add(ids.start)
-            sequences = [Sequence(id, prompt, params, seed, index) for index, id in enumerate(ids)]
+            end_ids = (*self._eos, *params.stop_token_ids)
+            sequences = [Sequence(id, prompt, params, seed, index, end_ids=end_ids) for index, id in enumerate(ids)]
             self.call_soon(self._arrive, sequences, deadline_ns)
         return ids
 
@@ -328,20 +342,25 @@ class Engine:
                     late = self._deadlines.get(sequence, now_ns + 1) <= now_ns
                     self._finish(self._living[sequence], "deadline" if late else "error", why, retry_after_s)
 
-    def step_done(self, step_id: int, tokens: dict[int, int]) -> None:
+    def step_done(self, step_id: int, tokens: dict[int, int], scores: Scores) -> None:
         """A step's tokens are on the host. Those of sequences that are over are surplus and dropped."""
+        for id, (first, found) in scores.prompts.items():
+            if (sequence := self._living.get(id)) is not None:
+                sequence.prompt_logprobs[first - 1 :] = found
         kept = {id: token for id, token in tokens.items() if id in self._living}
         for id, token in kept.items():
-            self._living[id].output.append(token)
-            self._updates.append(Update(id, [token]))
+            sequence = self._living[id]
+            sequence.output.append(token)
+            self._updates.append(_update(sequence, token, scores.tokens.get(id)))
         self._handle(StepDone(step_id, dict.fromkeys(kept, 1)))
         for id, token in kept.items():
             sequence = self._living.get(id)
             if sequence is None:
                 continue
-            if token in self._eos and not sequence.sampling.ignore_eos:
+            params = sequence.sampling
+            if token in params.stop_token_ids or (token in self._eos and not params.ignore_eos):
                 self._stop(id, "stop")
-            elif len(sequence.output) >= sequence.sampling.max_tokens:
+            elif len(sequence.output) >= params.max_tokens:
                 self._finish(sequence, "length")
 
     def copy_done(self, copy_id: int, ok: bool) -> None:
@@ -363,6 +382,18 @@ class Engine:
         log.error("instance %d stays lost: %s", instance, why)
         if self._failure is None and not self.healthy:
             self._fail(f"instance {instance} stays lost: {why}")
+
+
+def _update(sequence: Sequence, token: int, found: TokenLogprobs | None) -> Update:
+    """What a step brought for a sequence that goes on."""
+    params = sequence.sampling
+    with_prompt = params.prompt_logprobs is not None and len(sequence.output) == 1 and sequence.index == 0
+    return Update(
+        sequence.id,
+        [token],
+        logprobs=None if found is None else [found],
+        prompt_logprobs=sequence.prompt_logprobs if with_prompt else None,
+    )
 
 
 def _quit() -> None:

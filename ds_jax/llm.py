@@ -15,7 +15,7 @@ from ds_jax.engine import Engine, Update
 from ds_jax.errors import RequestError
 from ds_jax.metrics import RequestTimes
 from ds_jax.runtime.platform import force_host_devices
-from ds_jax.sampling import SamplingParams
+from ds_jax.sampling import SamplingParams, TokenLogprobs
 from ds_jax.text import TextStream
 
 
@@ -28,6 +28,8 @@ class Completion:
     finish_reason: str
     times: RequestTimes | None
     error: str | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    """One for each token, if they were asked for."""
 
     @property
     def stages_s(self) -> dict[str, float] | None:
@@ -41,6 +43,8 @@ class RequestOutput:
 
     prompt_token_ids: list[int]
     completions: tuple[Completion, ...]
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """One for each token of the prompt but the first, if they were asked for."""
 
     @property
     def token_ids(self) -> list[int]:
@@ -107,6 +111,7 @@ class LLM:
 
     def _generate(self, prompts: list[list[int]], each: list[SamplingParams]) -> list[RequestOutput]:
         outputs: list[list[Completion | None]] = [[None] * params.n for params in each]
+        scored: list[list[TokenLogprobs] | None] = [None] * len(prompts)
         running: dict[int, _Running] = {}
         submitted = 0
         total = sum(params.n for params in each)
@@ -125,6 +130,8 @@ class LLM:
                             continue  # of an earlier call that was interrupted
                         generated += len(update.token_ids)
                         one.add(update)
+                        if update.prompt_logprobs is not None:
+                            scored[one.place[0]] = update.prompt_logprobs
                         if one.stream.stopped and not one.stopping:
                             one.stopping = True
                             self.engine.stop(update.sequence, "stop")
@@ -138,8 +145,8 @@ class LLM:
                 for id in running:
                     self.engine.stop(id)
         return [
-            RequestOutput(prompt, tuple(one for one in completions if one is not None))
-            for prompt, completions in zip(prompts, outputs, strict=True)
+            RequestOutput(prompt, tuple(one for one in completions if one is not None), prompt_logprobs)
+            for prompt, completions, prompt_logprobs in zip(prompts, outputs, scored, strict=True)
         ]
 
     def _token_ids(self, prompt: str | Sequence[int]) -> list[int]:
@@ -171,15 +178,19 @@ class _Running:
         self.stopping = False
         self.token_ids: list[int] = []
         self.text: list[str] = []
+        self.logprobs: list[TokenLogprobs] | None = None
 
     def add(self, update: Update) -> None:
         if not self.stopping:
             self.token_ids += update.token_ids
             self.text.append(self.stream.push(update.token_ids))
+            if update.logprobs is not None:
+                self.logprobs = self.logprobs or []
+                self.logprobs += update.logprobs
 
     def completion(self, last: Update) -> Completion:
         assert last.finish_reason is not None
         if not self.stream.stopped:
             self.text.append(self.stream.finish())
         reason = "stop" if self.stream.stopped else last.finish_reason
-        return Completion(self.token_ids, "".join(self.text), reason, last.times, last.error)
+        return Completion(self.token_ids, "".join(self.text), reason, last.times, last.error, self.logprobs)

@@ -18,7 +18,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import jax
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from ds_jax import protocol
 from ds_jax.config import Config
 from ds_jax.protocol import Copy, Medium, Place, Step
-from ds_jax.runtime import handover, mesh
+from ds_jax.runtime import handover, logprobs, mesh
 from ds_jax.runtime.compilation import CompilationCounter, compiling, keep_compiled_programs
 from ds_jax.runtime.handover import Cut, Route
 from ds_jax.runtime.instance import Instance, Result, describe
@@ -37,6 +37,7 @@ from ds_jax.runtime.pool import plan
 from ds_jax.runtime.programs import Model
 from ds_jax.runtime.reader import Reader
 from ds_jax.runtime.sequence import Sequence as TokenSequence
+from ds_jax.sampling import TokenLogprobs
 from models.checkpoint import dummy_params, load_params, open_checkpoint
 from models.transformer import abstract_params
 
@@ -46,13 +47,23 @@ LIVES_WITHOUT_A_STEP = 3
 """An instance that is lost this often, without one good step in between, stays lost."""
 
 
+@dataclass
+class Scores:
+    """Log-probabilities that a step found, for the sequences that ask for them."""
+
+    tokens: dict[int, TokenLogprobs] = field(default_factory=dict)
+    """Sequence -> those of its token of this step."""
+    prompts: dict[int, tuple[int, list[TokenLogprobs]]] = field(default_factory=dict)
+    """Sequence -> position in its prompt, and those of the prompt's tokens from there on: one chunk's."""
+
+
 class Sink(Protocol):
     """Who hears what becomes of steps, copies and instances."""
 
     def call_soon(self, callback: Callable[..., None], *args: Any) -> None:
         """Run the callback on the dispatch thread. May be called from any thread; the rest only from that one."""
 
-    def step_done(self, step_id: int, tokens: dict[int, int]) -> None:
+    def step_done(self, step_id: int, tokens: dict[int, int], scores: Scores) -> None:
         """A step's tokens are on the host: sequence -> token, of every decode and every prefill that samples."""
 
     def copy_done(self, copy_id: int, ok: bool) -> None:
@@ -199,7 +210,8 @@ class InProcessExecutor:
         try:
             results = self._instances[step.instance].run(step, sequences)
             for result in results:
-                result.tokens.copy_to_host_async()
+                for array in result.arrays():
+                    array.copy_to_host_async()
         except Exception as error:
             log.exception("step %d could not be dispatched to instance %d", step.id, step.instance)
             self._soon(self._lose, step.instance, step.epoch, _why(error))
@@ -251,19 +263,21 @@ class InProcessExecutor:
         """On a reader: wait for a step's tokens."""
         try:
             tokens: dict[int, int] = {}
+            scores = Scores()
             for result in results:
                 values = np.asarray(result.tokens).tolist()
                 tokens.update((sequence, values[row]) for sequence, row in result.rows)
+                _read_scores(result, scores)
         except Exception as error:
             log.exception("step %d failed on instance %d", step.id, step.instance)
             self._soon(self._lose, step.instance, step.epoch, _why(error))
         else:
-            self._soon(self._finish_step, step, tokens)
+            self._soon(self._finish_step, step, tokens, scores)
 
-    def _finish_step(self, step: Step, tokens: dict[int, int]) -> None:
+    def _finish_step(self, step: Step, tokens: dict[int, int], scores: Scores) -> None:
         if self._living(step.instance, step.epoch):
             self._deaths[step.instance] = 0
-            self._listener.step_done(step.id, tokens)
+            self._listener.step_done(step.id, tokens, scores)
 
     def _await_copy(self, copy_id: int, pieces: list[jax.Array]) -> None:
         """On a reader: wait until pieces have landed."""
@@ -348,6 +362,19 @@ class InProcessExecutor:
     def _unless_closed(self, callback: Callable[..., None], *args: Any) -> None:
         if not self._closed:
             callback(*args)
+
+
+def _read_scores(result: Result, scores: Scores) -> None:
+    """Wait for log-probabilities, if any were asked for."""
+    if result.logprobs is not None:
+        found = np.asarray(result.logprobs)
+        for sequence, row in result.rows:
+            if (top := result.tops.get(sequence)) is not None:
+                scores.tokens[sequence] = logprobs.read(found[row], top)
+    if result.prompt_logprobs is not None:
+        found = np.asarray(result.prompt_logprobs)
+        for sequence, first, rows, top in result.scored:
+            scores.prompts[sequence] = first, [logprobs.read(row, top) for row in found[rows]]
 
 
 def _ends(copy: Copy) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import jax
 
 from ds_jax import protocol
 from ds_jax.protocol import Role, Step
-from ds_jax.runtime import handover, programs
+from ds_jax.runtime import handover, marks, programs
 from ds_jax.runtime.handover import Cut, Route
 from ds_jax.runtime.pool import Pool
 from ds_jax.runtime.programs import Chunk, Edits, Model, Program
@@ -19,12 +19,32 @@ from ds_jax.runtime.shapes import Shapes, bucket_for, step_tokens
 from models.transformer import Params
 
 
+class Scored(NamedTuple):
+    """Where log-probabilities of a sequence's prompt will lie."""
+
+    sequence: int
+    first: int
+    """Position in the prompt of the first token."""
+    rows: slice
+    top: int
+
+
 class Result(NamedTuple):
-    """Tokens that one program is about to produce."""
+    """What one program is about to produce."""
 
     tokens: jax.Array
     rows: list[tuple[int, int]]
     """(sequence, row of `tokens`)."""
+    logprobs: jax.Array | None = None
+    """Of the tokens; None if nobody asks."""
+    tops: Mapping[int, int] = {}
+    """Sequence -> how many of the likeliest tokens it wants, of those that ask for log-probabilities."""
+    prompt_logprobs: jax.Array | None = None
+    scored: Sequence[Scored] = ()
+
+    def arrays(self) -> list[jax.Array]:
+        """All that somebody wants to read."""
+        return [array for array in (self.tokens, self.logprobs, self.prompt_logprobs) if array is not None]
 
 
 class Resident(NamedTuple):
@@ -50,6 +70,9 @@ class Instance:
         self.params: Params = {}
         self.pool: Pool = {}
         self.state: jax.Array | None = None
+        self._marks: dict[str, jax.Array] = {}
+        """What biases and penalties look at (`runtime.marks`): of the rows of a prefill step, of the slots."""
+        self._marked_rows = {"rows": shapes.rows, "slots": shapes.slots}
         self.tables: dict[int, list[int]] = {}
         """Page table of every sequence that has pages here."""
         self._resident: dict[int, Resident] = {}
@@ -68,6 +91,11 @@ class Instance:
         if shapes.slots:
             yield partial(self._build, "fresh state", programs.fresh_state)
             yield partial(self._build, "decode", programs.decode)
+        for kind, rows in self._marked_rows.items():
+            if rows:
+                yield partial(self._build, ("fresh marks", kind), programs.fresh_marks, rows)
+                for size in marks.buckets(self.model.arch.vocab_size):
+                    yield partial(self._build, ("mark", kind, size), programs.mark, rows, size)
         for size in shapes.edit_buckets:
             yield partial(self._build, ("edit", size), programs.edit, size)
         for size in shapes.page_buckets:
@@ -85,10 +113,13 @@ class Instance:
         self.pool = self._programs["fresh pool"]()
         if self.shapes.slots:
             self.state = self._programs["fresh state"]()
+        for kind, rows in self._marked_rows.items():
+            if rows:
+                self._marks[kind] = self._programs["fresh marks", kind]()
 
     def end_life(self) -> None:
         """Let go of all memory but the weights."""
-        self.pool, self.state = {}, None
+        self.pool, self.state, self._marks = {}, None, {}
         self.tables.clear()
         self._resident.clear()
         self._unfinished.clear()
@@ -110,18 +141,49 @@ class Instance:
 
     def _run_prefills(self, prefills: Sequence[protocol.Prefill], sequences: Mapping[int, TokenSequence]) -> Result:
         chunks: list[Chunk] = []
+        scored: list[Scored] = []
         table: list[int] = []
-        for sequence, start, length, samples, new_pages in prefills:
+        begin = 0
+        for row, (sequence, start, length, samples, new_pages) in enumerate(prefills):
             if start == 0:
                 table = self.tables[sequence] = list(new_pages)
             elif length:
                 table = self.tables[sequence]
                 table.extend(new_pages)
             # A fork has no tokens: its row samples from the last token before it, and the table is its leader's.
-            chunks.append(Chunk(sequences[sequence], start, length, samples, table))
+            chunk = Chunk(sequences[sequence], start, length, samples, table)
+            chunks.append(chunk)
+            if places := chunk.sequence.unscored(start, start + length):
+                rows = slice(begin + places.start - start, begin + places.stop - start)
+                scored.append(Scored(sequence, places.start + 1, rows, chunk.sequence.sampling.prompt_logprobs or 0))
+            if samples:
+                self._mark("rows", row, chunk.sequence)
+            begin += length
         bucket, packed = programs.pack_prefill(self.shapes, chunks)
-        self.pool, tokens = self._programs["prefill", bucket](self.params, self.pool, packed)
-        return Result(tokens, [(prefill.sequence, row) for row, prefill in enumerate(prefills) if prefill.samples])
+        program = self._programs["prefill", bucket]
+        self.pool, *results = program(self.params, self.pool, packed, self._marks["rows"])
+        sampled = [(prefill.sequence, row) for row, prefill in enumerate(prefills) if prefill.samples]
+        return self._result(results[0], sampled, results[1], sequences, results[2], scored)
+
+    def _mark(self, kind: str, row: int, sequence: TokenSequence) -> None:
+        """Write the marks of a sequence that asks for a bias or a penalty."""
+        if marks.asked_by(sequence.sampling):
+            bucket, packed = marks.pack(sequence, row, self.model.arch.vocab_size)
+            self._marks[kind] = self._programs["mark", kind, bucket](self._marks[kind], packed)
+
+    @staticmethod
+    def _result(
+        tokens: jax.Array,
+        rows: list[tuple[int, int]],
+        logprobs: jax.Array,
+        sequences: Mapping[int, TokenSequence],
+        prompt_logprobs: jax.Array | None = None,
+        scored: Sequence[Scored] = (),
+    ) -> Result:
+        """What is to be read of a program's results: log-probabilities only where somebody asks."""
+        asked = {sequence: sequences[sequence].sampling.logprobs for sequence, _ in rows}
+        tops = {sequence: top for sequence, top in asked.items() if top is not None}
+        return Result(tokens, rows, logprobs if tops else None, tops, prompt_logprobs if scored else None, scored)
 
     def _run_decodes(self, decodes: Sequence[protocol.Decode], sequences: Mapping[int, TokenSequence]) -> Result:
         edits, before, rows = Edits(self.shapes), self._resident, []
@@ -138,13 +200,16 @@ class Instance:
                 table.extend(new_pages)
                 self._resident[slot] = Resident(sequence, table)
                 edits.join(slot, sequences[sequence], table)
+                self._mark("slots", slot, sequences[sequence])
             rows.append((sequence, slot))
         for slot in before:
             edits.leave(slot)
         if (packed := edits.pack()) is not None:
             self.state = self._programs["edit", packed[0]](self.state, packed[1])
-        self.pool, self.state, tokens = self._programs["decode"](self.params, self.pool, self.state)
-        return Result(tokens, rows)
+        self.pool, self.state, self._marks["slots"], tokens, logprobs = self._programs["decode"](
+            self.params, self.pool, self.state, self._marks["slots"]
+        )
+        return self._result(tokens, rows, logprobs, sequences)
 
     def forget(self, sequence: int) -> None:
         """The sequence will not be named again."""
@@ -172,7 +237,7 @@ class Instance:
 
     def delete(self) -> None:
         """Free all device memory at once. Nothing may be in flight."""
-        for leaf in jax.tree.leaves((self.params, self.pool, self.state)):
+        for leaf in jax.tree.leaves((self.params, self.pool, self.state, self._marks)):
             leaf.delete()
         self.params = {}
         self.end_life()

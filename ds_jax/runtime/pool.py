@@ -111,25 +111,35 @@ def abstract_pool(arch: Architecture, dtype: Any, shapes: Shapes, mesh: Mesh) ->
 
 
 def _shapes(group: GroupConfig, pages: int, page_size: int, max_model_len: int) -> Shapes:
+    slots, rows = _rows(group)
     return Shapes(
         pages=pages,
         page_size=page_size,
         max_model_len=max_model_len,
-        slots=group.slots if isinstance(group, DecodeConfig | MixedConfig) else 0,
-        rows=group.max_step_sequences if isinstance(group, PrefillConfig) else 0,
+        slots=slots,
+        rows=rows,
         token_buckets=token_buckets(group, max_model_len),
     )
 
 
+def _rows(group: GroupConfig) -> tuple[int, int]:
+    """Sequences of a decode step, and of a prefill step."""
+    return (
+        group.slots if isinstance(group, DecodeConfig | MixedConfig) else 0,
+        group.max_step_sequences if isinstance(group, PrefillConfig) else 0,
+    )
+
+
 def _pages(config: Config, arch: Architecture, dtype: str, site: Site, params: Params, length: int) -> int:
-    """Pages that fit into the devices' memory beside the weights, and can be used."""
+    """Pages that fit into the devices' memory beside weights and marks (`runtime.marks`), and can be used."""
     size, tp = config.cache.page_size, site.mesh.shape[TENSOR]
     device = site.mesh.devices.flat[0]
     weights = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)
     )
+    marks = 8 * arch.vocab_size * sum(_rows(site.group))
     limit = memory_bytes(device, config.devices(), config.cache.memory_fraction)
-    pages = (limit - weights) // page_bytes(arch, dtype, tp, size)
+    pages = (limit - weights - marks) // page_bytes(arch, dtype, tp, size)
     if pages < 1:
         raise ValueError(
             f"cache.memory_fraction = {config.cache.memory_fraction} gives each {site.role} device "

@@ -22,7 +22,7 @@ import kernels.kv_write
 import kernels.paged_decode_attention
 import kernels.paged_prefill_attention
 from ds_jax.architecture import Architecture
-from ds_jax.runtime import sampling
+from ds_jax.runtime import logprobs, marks, sampling
 from ds_jax.runtime.compilation import compile_ahead
 from ds_jax.runtime.pool import Pool, abstract_pool
 from ds_jax.runtime.sequence import Sequence as TokenSequence
@@ -79,6 +79,10 @@ class Model:
         """An int32 array that comes from the host and lies on every device."""
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(self.mesh, EVERYWHERE))
 
+    def marks(self, rows: int) -> jax.ShapeDtypeStruct:
+        """What biases and penalties of so many rows look at, on every device."""
+        return self.host_array(2, rows, self.arch.vocab_size)
+
 
 # --- prefill ----------------------------------------------------------------------------------------------------------
 
@@ -101,25 +105,27 @@ class Prefill(NamedTuple):
     positions: Int[Array, " T"]
     slots: Int[Array, " T"]
     """Where keys and values go: page * page size + offset; -1 at padding."""
+    following: Int[Array, " T"]
+    """The next token of the prompt, where its log-probability is asked for; else -1."""
     starts: Int[Array, " R"]
     lengths: Int[Array, " R"]
     contexts: Int[Array, " R"]
     samples: Int[Array, " R"]
-    sampling: Int[Array, "R 6"]
+    sampling: Int[Array, "R C"]
     page_table: Int[Array, "R max_pages"]
 
     @staticmethod
     def words(shapes: Shapes, tokens: int) -> int:
-        return 3 * tokens + shapes.rows * (4 + sampling.COLUMNS + shapes.table_pages)
+        return 4 * tokens + shapes.rows * (4 + sampling.COLUMNS + shapes.table_pages)
 
     @staticmethod
     def of(packed: Any, shapes: Shapes, count: int) -> Prefill:
         """The parts of a packed array, of numpy (views, to fill in) or jax."""
-        rows = packed[3 * count :].reshape(shapes.rows, -1)
-        tokens, positions, slots = packed[: 3 * count].reshape(3, count)
+        rows = packed[4 * count :].reshape(shapes.rows, -1)
+        tokens, positions, slots, following = packed[: 4 * count].reshape(4, count)
         chosen_by, table = rows[:, 4 : 4 + sampling.COLUMNS], rows[:, 4 + sampling.COLUMNS :]
         starts, lengths, contexts, samples = rows[:, :4].T
-        return Prefill(tokens, positions, slots, starts, lengths, contexts, samples, chosen_by, table)
+        return Prefill(tokens, positions, slots, following, starts, lengths, contexts, samples, chosen_by, table)
 
 
 def pack_prefill(shapes: Shapes, chunks: Sequence[Chunk]) -> tuple[int, np.ndarray]:
@@ -138,6 +144,7 @@ def pack_prefill(shapes: Shapes, chunks: Sequence[Chunk]) -> tuple[int, np.ndarr
     packed = np.zeros(Prefill.words(shapes, bucket), np.int32)
     step = Prefill.of(packed, shapes, bucket)
     step.slots[total:] = -1
+    step.following[:] = -1
     size, begin = shapes.page_size, 0
     for row, (sequence, start, length, samples, pages) in enumerate(chunks):
         here, stop = slice(begin, begin + length), start + length
@@ -148,6 +155,10 @@ def pack_prefill(shapes: Shapes, chunks: Sequence[Chunk]) -> tuple[int, np.ndarr
         step.tokens[here] = sequence.tokens(start, stop)
         step.positions[here] = positions
         step.slots[here] = table[positions // size] * size + positions % size
+        scored = sequence.unscored(start, stop)
+        step.following[begin + scored.start - start : begin + scored.stop - start] = sequence.prompt[
+            scored.start + 1 : scored.stop + 1
+        ]
         step.starts[row], step.lengths[row], step.contexts[row], step.samples[row] = begin, length, start, samples
         step.sampling[row] = sampling.pack(sequence)
         step.page_table[row, : len(table)] = table
@@ -156,9 +167,10 @@ def pack_prefill(shapes: Shapes, chunks: Sequence[Chunk]) -> tuple[int, np.ndarr
 
 
 def prefill(model: Model, shapes: Shapes, bucket: int) -> Program:
-    """(params, pool, packed) -> (pool, tokens [R]); the pool is donated."""
+    """(params, pool, packed, marks of R rows) -> (pool, tokens [R], log-probabilities of them [R, W] and of the
+    prompts [T, W]); the pool is donated."""
 
-    def step(params: Params, pool: Pool, packed: Array) -> tuple[Pool, Array]:
+    def step(params: Params, pool: Pool, packed: Array, marked: Array) -> tuple[Pool, Array, Array, Array]:
         this = Prefill.of(packed, shapes, bucket)
         attention = partial(
             kernels.paged_prefill_attention.attend,
@@ -170,11 +182,16 @@ def prefill(model: Model, shapes: Shapes, bucket: int) -> Program:
         module, hidden, pool = model.run(params, pool, this.tokens, this.positions, this.slots, attention)
         last = jnp.maximum(this.starts + this.lengths - 1, 0)
         logits = module.logits(hidden[last], model.axis)
-        wanted = this.samples > 0
-        tokens = sampling.sample(logits, sampling.unpack(this.sampling), this.contexts + this.lengths, wanted)
-        return pool, tokens
+        chosen_by, wanted = sampling.unpack(this.sampling), this.samples > 0
+        tokens = sampling.sample(logits, chosen_by, this.contexts + this.lengths, wanted, marked)
+        of_tokens = logprobs.of_tokens(logits, tokens, chosen_by.logprobs & wanted)
+        of_prompts = logprobs.of_prompt(
+            partial(module.logits, axis=model.axis), model.arch.vocab_size, hidden, this.following
+        )
+        return pool, tokens, of_tokens, of_prompts
 
-    return _compile_step(model, shapes, step, model.host_array(Prefill.words(shapes, bucket)), results=1)
+    arguments = model.host_array(Prefill.words(shapes, bucket)), model.marks(shapes.rows)
+    return _compile_step(model, shapes, step, arguments, results=3)
 
 
 # --- decode -----------------------------------------------------------------------------------------------------------
@@ -189,7 +206,7 @@ class DecodeState(NamedTuple):
     """Its position in the sequence."""
     active: Int[Array, " B"]
     """1 where the slot has a sequence."""
-    sampling: Int[Array, "B 6"]
+    sampling: Int[Array, "B C"]
     page_table: Int[Array, "B max_pages"]
 
     @staticmethod
@@ -206,9 +223,10 @@ FIRST_PAGE = 3 + sampling.COLUMNS
 
 
 def decode(model: Model, shapes: Shapes) -> Program:
-    """(params, pool, state [B, C]) -> (pool, state, tokens [B]); pool and state are donated."""
+    """(params, pool, state [B, C], marks) -> (pool, state, marks, tokens [B], log-probabilities of them [B, W]);
+    pool, state and marks are donated."""
 
-    def step(params: Params, pool: Pool, rows: Array) -> tuple[Pool, Array, Array]:
+    def step(params: Params, pool: Pool, rows: Array, marked: Array) -> tuple[Pool, Array, Array, Array, Array]:
         state, size = DecodeState.of(rows), shapes.page_size
         # A sequence at its longest has no page for one more token: it writes nowhere.
         active = (state.active > 0) & (state.position < shapes.table_pages * size)
@@ -221,12 +239,21 @@ def decode(model: Model, shapes: Shapes) -> Program:
         )
         module, hidden, pool = model.run(params, pool, state.token, state.position, slots, attention)
         logits = module.logits(hidden, model.axis)
-        tokens = sampling.sample(logits, sampling.unpack(state.sampling), state.position + 1, active)
+        chosen_by = sampling.unpack(state.sampling)
+        tokens = sampling.sample(logits, chosen_by, state.position + 1, active, marked)
+        found = logprobs.of_tokens(logits, tokens, chosen_by.logprobs & active)
+        marked = marks.count(marked, tokens, chosen_by.penalties, active)
         rows = rows.at[:, 0].set(jnp.where(active, tokens, state.token)).at[:, 1].add(active)
-        return pool, rows, tokens
+        return pool, rows, marked, tokens, found
 
-    state = model.host_array(shapes.slots, DecodeState.columns(shapes))
-    return _compile_step(model, shapes, step, state, results=2, donate=(1, 2))
+    arguments = model.host_array(shapes.slots, DecodeState.columns(shapes)), model.marks(shapes.slots)
+    return _compile_step(model, shapes, step, arguments, results=4, donate=(1, 2, 3))
+
+
+def mark(model: Model, shapes: Shapes, rows: int, bucket: int) -> Program:
+    """(marks of some rows, packed) -> marks, one row of them made anew (see `marks.pack`); they are donated."""
+    arguments = model.marks(rows), model.host_array(1 + 3 * bucket)
+    return compile_ahead(model.on_mesh(marks.write, EVERYWHERE, EVERYWHERE), arguments, donate=(0,))
 
 
 def edit(model: Model, shapes: Shapes, bucket: int) -> Program:
@@ -300,6 +327,11 @@ def fresh_state(model: Model, shapes: Shapes) -> Program:
     return _compile_fresh(model.host_array(shapes.slots, DecodeState.columns(shapes)))
 
 
+def fresh_marks(model: Model, shapes: Shapes, rows: int) -> Program:
+    """() -> marks in which nothing is marked."""
+    return _compile_fresh(model.marks(rows))
+
+
 def _compile_fresh(like: Any) -> Program:
     def make() -> Any:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
@@ -308,10 +340,10 @@ def _compile_fresh(like: Any) -> Program:
 
 
 def _compile_step(
-    model: Model, shapes: Shapes, step: Program, packed: Any, *, results: int, donate: tuple[int, ...] = (1,)
+    model: Model, shapes: Shapes, step: Program, arguments: Any, *, results: int, donate: tuple[int, ...] = (1,)
 ) -> Program:
-    """(params, pool, packed) -> (pool, as many results as said, the same on every device)."""
+    """(params, pool, further arguments) -> (pool, as many results as said, the same on every device)."""
     pool, pool_spec = abstract_pool(model.arch, model.dtype, shapes, model.mesh), spec_of(POOL_AXES)
-    in_specs = partition_specs(model.params), pool_spec, EVERYWHERE
+    in_specs = partition_specs(model.params), pool_spec, *(EVERYWHERE,) * len(arguments)
     program = model.on_mesh(step, in_specs, (pool_spec, *(EVERYWHERE,) * results))
-    return compile_ahead(program, (model.params, pool, packed), donate=donate)
+    return compile_ahead(program, (model.params, pool, *arguments), donate=donate)

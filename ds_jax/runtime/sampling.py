@@ -14,10 +14,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt
 
+from ds_jax.runtime import marks
 from ds_jax.runtime.sequence import Sequence
 
-COLUMNS = 6
+COLUMNS = 12
 """Int32 words that hold the sampling parameters of one sequence."""
+MARKED, LOGPROBS = 1, 2
+"""Flags of a row: it is marked (see `marks`); its log-probabilities are asked for."""
 GREEDY_BELOW = 1e-5
 """A temperature so low is greedy: dividing by it would leave the range of float32."""
 
@@ -34,50 +37,72 @@ class Sampling(NamedTuple):
     """High and low word."""
     sequence: Int[Array, " B"]
     """Which of its request's sequences a row is."""
+    min_p: Float[Array, " B"]
+    penalties: marks.Penalties
+    logprobs: Array
+    """[B] bool: log-probabilities are asked for."""
 
 
 def pack(sequence: Sequence) -> list[int]:
     """The COLUMNS int32 words of one sequence; floats by their bits."""
     params, seed = sequence.sampling, sequence.seed
-    temperature, top_p = np.asarray([params.temperature, params.top_p], np.float32).view(np.int32).tolist()
-    return [temperature, top_p, params.top_k, _int32(seed >> 32), _int32(seed), sequence.index]
+    floats = np.asarray([params.temperature, params.top_p, params.min_p, *marks.amounts(params)], np.float32)
+    flags = marks.asked_by(params) * MARKED | (params.logprobs is not None) * LOGPROBS
+    earliest_end = len(sequence.prompt) + params.min_tokens
+    words = [params.top_k, _int32(seed >> 32), _int32(seed), sequence.index, earliest_end, flags]
+    return [*floats.view(np.int32).tolist(), *words]
 
 
-def unpack(words: Int[Array, "B 6"]) -> Sampling:
+def unpack(words: Int[Array, "B 12"]) -> Sampling:
     """The device's side of `pack`."""
-    floats = lax.bitcast_convert_type(words[:, :2], jnp.float32)
-    seed = lax.bitcast_convert_type(words[:, 3:5], jnp.uint32)
-    return Sampling(floats[:, 0], floats[:, 1], words[:, 2], seed, words[:, 5])
+    floats = lax.bitcast_convert_type(words[:, :6], jnp.float32)
+    temperature, top_p, min_p, presence, frequency, repetition = floats.T
+    top_k, _, _, sequence, earliest_end, flags = words[:, 6:].T
+    seed = lax.bitcast_convert_type(words[:, 7:9], jnp.uint32)
+    penalties = marks.Penalties((flags & MARKED) != 0, presence, frequency, repetition, earliest_end)
+    return Sampling(temperature, top_p, top_k, seed, sequence, min_p, penalties, (flags & LOGPROBS) != 0)
 
 
 def sample(
-    logits: Float[Array, "B V"], sampling: Sampling, positions: Int[Array, " B"], wanted: Array | None = None
+    logits: Float[Array, "B V"],
+    sampling: Sampling,
+    positions: Int[Array, " B"],
+    wanted: Array | None = None,
+    marked: Int[Array, "2 B V"] | None = None,
 ) -> Int[Array, " B"]:
     """One token per row: argmax of the logits where temperature is 0, else of logits / temperature + noise.
 
-    top_k keeps the k largest logits; top_p then keeps the smallest set of the largest whose probability reaches
-    top_p. What ties with the last one kept is kept too. No work is done for either, and no noise made, when no row
-    asks.
+    Biases and penalties come first. min_p keeps the tokens of at least that share of the largest probability, top_k
+    the k largest of them; top_p then keeps the smallest set of the largest whose probability reaches top_p. What ties
+    with the last one kept is kept too. No work is done for any of it, and no noise made, when no row asks.
 
     Args:
         logits: float32, over the whole vocabulary.
         sampling: parameters per row.
         positions: tokens before the sampled one, prompt and output.
         wanted: rows whose token matters; the others get any token, and no work is done for their sake.
+        marked: what biases and penalties look at (`marks`); None if no row asks for them.
     """
-    return _argmax(scores(logits, sampling, positions, wanted))
+    return _argmax(scores(logits, sampling, positions, wanted, marked))
 
 
 def scores(
-    logits: Float[Array, "B V"], sampling: Sampling, positions: Int[Array, " B"], wanted: Array | None = None
+    logits: Float[Array, "B V"],
+    sampling: Sampling,
+    positions: Int[Array, " B"],
+    wanted: Array | None = None,
+    marked: Int[Array, "2 B V"] | None = None,
 ) -> Float[Array, "B V"]:
-    """What `sample` takes the largest of: logits / temperature, cut by top_k and top_p, plus noise."""
+    """What `sample` takes the largest of: penalised logits / temperature, cut by min_p, top_k and top_p, plus noise."""
     hot = sampling.temperature >= GREEDY_BELOW
     if wanted is not None:
         hot = hot & wanted
+    if marked is not None:
+        logits = marks.apply(logits, sampling.penalties, positions, marked, wanted)
     # Rows in which no noise is wanted divide by 1: a greedy row must not see its logits changed.
     scaled = logits / jnp.where(hot, sampling.temperature, 1)[:, None]
-    cut = hot & ((sampling.top_p < 1) | ((sampling.top_k > 0) & (sampling.top_k < logits.shape[1])))
+    cut_k = (sampling.top_k > 0) & (sampling.top_k < logits.shape[1])
+    cut = hot & ((sampling.top_p < 1) | cut_k | (sampling.min_p > 0))
     kept = lax.cond(jnp.any(cut), _cut, lambda x, *_: x, scaled, sampling, cut)
     return lax.cond(jnp.any(hot), _perturb, lambda x, *_: x, kept, sampling, positions, hot)
 
@@ -91,23 +116,25 @@ def _argmax(scores: Float[Array, "B V"]) -> Int[Array, " B"]:
 
 
 def _cut(scaled: Float[Array, "B V"], sampling: Sampling, rows: Array) -> Float[Array, "B V"]:
-    """-inf for what top_k and top_p leave out.
+    """-inf for what min_p, top_k and top_p leave out.
 
-    Both keep what is at least some threshold, found bit by bit: 32 passes over the logits cost less than sorting
+    Each keeps what is at least some threshold, found bit by bit: 32 passes over the logits cost less than sorting
     them, to run as to compile.
     """
     ranks = _ranks(scaled)
-    likelihood = jnp.exp(scaled - scaled.max(axis=-1, keepdims=True))
-    k = sampling.top_k[:, None]
+    best = scaled.max(axis=-1, keepdims=True)
+    likelihood = jnp.exp(scaled - best)
+    k, min_p, top_p = sampling.top_k[:, None], sampling.min_p[:, None], sampling.top_p[:, None]
+    least = jnp.where(min_p > 0, _ranks(best + jnp.log(min_p)), 0)
     kth = _largest(lambda rank: jnp.sum(ranks >= rank, axis=-1, keepdims=True) >= k, k > 0)
+    floor = jnp.maximum(least, kth)
 
     def mass(rank: Array) -> Array:
         return jnp.sum(jnp.where(ranks >= rank, likelihood, 0), axis=-1, keepdims=True)
 
-    top_p = sampling.top_p[:, None]
-    enough = top_p * mass(kth)
-    nucleus = _largest(lambda rank: mass(jnp.maximum(rank, kth)) >= enough, top_p < 1)
-    return jnp.where(rows[:, None] & (ranks < jnp.maximum(kth, nucleus)), -jnp.inf, scaled)
+    enough = top_p * mass(floor)
+    nucleus = _largest(lambda rank: mass(jnp.maximum(rank, floor)) >= enough, top_p < 1)
+    return jnp.where(rows[:, None] & (ranks < jnp.maximum(floor, nucleus)), -jnp.inf, scaled)
 
 
 def _ranks(x: Float[Array, "B V"]) -> UInt[Array, "B V"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ds_jax.sampling import SamplingParams
+from ds_jax.sampling import SamplingParams, TokenLogprobs
 
 
 @dataclass
@@ -22,6 +22,10 @@ class Sequence:
     index: int = 0
     """Which of the request's sequences this is; part of the random numbers' key."""
     output: list[int] = field(default_factory=list)
+    end_ids: tuple[int, ...] = ()
+    """Tokens that end a text, the model's and the request's: they must not come before `sampling.min_tokens`."""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of the prompt's tokens from the second on, as far as they are known, if they are asked for."""
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.output)
@@ -43,3 +47,11 @@ class Sequence:
         if stop <= prompt:
             return self.prompt[start:stop]
         return self.prompt[start:] + self.output[max(start - prompt, 0) : stop - prompt]
+
+    def unscored(self, start: int, stop: int) -> range:
+        """The places of tokens [start, stop) behind which a prompt token stands whose log-probability is asked for
+        and not known yet. None once there is output: then the prompt is run for another time."""
+        if self.sampling.prompt_logprobs is None or self.output:
+            return range(start, start)
+        first = max(start, len(self.prompt_logprobs))
+        return range(first, max(first, min(stop, len(self.prompt) - 1)))

@@ -12,7 +12,7 @@ from typing import Any
 from ds_jax import protocol
 from ds_jax.config import Config
 from ds_jax.protocol import Copy, Decode, Place, Prefill, Role, Step, pages_for
-from ds_jax.runtime.executor import InProcessExecutor
+from ds_jax.runtime.executor import InProcessExecutor, Scores
 from ds_jax.runtime.sequence import Sequence
 from ds_jax.sampling import SamplingParams
 
@@ -26,6 +26,7 @@ class Bench:
         self.executor = executor
         self.calls: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = queue.SimpleQueue()
         self.steps: dict[int, dict[int, int]] = {}
+        self.scores: dict[int, Scores] = {}
         self.copies: dict[int, bool] = {}
         self.heard: list[tuple[Any, ...]] = []
         """Everything, in order."""
@@ -40,8 +41,9 @@ class Bench:
     def call_soon(self, callback: Callable[..., None], *args: Any) -> None:
         self.calls.put((callback, args))
 
-    def step_done(self, step_id: int, tokens: dict[int, int]) -> None:
+    def step_done(self, step_id: int, tokens: dict[int, int], scores: Scores) -> None:
         assert step_id not in self.steps, "a step is answered once"
+        self.scores[step_id] = scores
         self.steps[step_id] = tokens
         self.heard.append(("step", step_id))
 

@@ -16,7 +16,7 @@ from ds_jax.runtime.handover import Cut
 from ds_jax.runtime.programs import Chunk, DecodeState, Edits, Model, Prefill
 from ds_jax.runtime.sequence import Sequence
 from ds_jax.runtime.shapes import Shapes
-from ds_jax.sampling import SamplingParams
+from ds_jax.sampling import SamplingParams, TokenLogprobs
 from models.sharding import make_mesh
 from models.transformer import abstract_params
 
@@ -87,7 +87,20 @@ def test_a_prefill_step_is_packed_back_to_back():
     assert step.lengths.tolist() == [5, 3, 0]
     assert step.contexts.tolist() == [0, 6, 0]
     assert step.samples.tolist() == [1, 0, 0]
+    assert step.following.tolist() == [-1] * 8
     assert step.page_table[:, :4].tolist() == [[7, 3, 0, 0], [1, 9, 4, 0], [0, 0, 0, 0]]
+
+
+def test_the_prompt_tokens_to_be_scored_are_those_that_are_not_known_yet():
+    whole, replayed = sequence(6), sequence(6, output=1)
+    for one in (whole, replayed):
+        one.sampling = SamplingParams(prompt_logprobs=0)
+    whole.prompt_logprobs = [TokenLogprobs(-1.0)] * 2
+    bucket, packed = programs.pack_prefill(
+        SHAPES, [Chunk(replayed, 0, 7, True, [0, 1]), Chunk(whole, 0, 4, False, [2]), Chunk(whole, 4, 2, True, [2, 3])]
+    )
+    following = Prefill.of(packed, SHAPES, bucket).following
+    assert following.tolist() == [-1] * 7 + [-1, -1, 103, 104, 105, -1] + [-1] * 3
 
 
 def test_padding_of_a_prefill_step_writes_nowhere():
@@ -111,11 +124,16 @@ def test_a_step_that_cannot_be_is_refused(chunks: list[Chunk], message: str):
 
 
 def test_sampling_parameters_survive_packing():
-    row = Sequence(0, [1], SamplingParams(temperature=0.7, top_p=0.9, top_k=5), seed=-2, index=3)
+    penalties = {"presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.25, "min_tokens": 4}
+    params = SamplingParams(temperature=0.7, top_p=0.9, top_k=5, min_p=0.1, **penalties)
+    row = Sequence(0, [1], params, seed=-2, index=3)
     words = np.asarray([sampling.pack(row)], np.int32)
-    temperature, top_p, top_k, seed, index = jax.jit(sampling.unpack)(words)
-    assert (temperature[0], top_p[0], top_k[0], index[0]) == (np.float32(0.7), np.float32(0.9), 5, 3)
-    assert (int(seed[0, 0]) << 32 | int(seed[0, 1])) == -2 % 2**64
+    read = jax.jit(sampling.unpack)(words)
+    assert (read.temperature[0], read.top_p[0], read.top_k[0]) == (np.float32(0.7), np.float32(0.9), 5)
+    assert (read.sequence[0], read.min_p[0], read.logprobs[0]) == (3, np.float32(0.1), False)
+    assert (int(read.seed[0, 0]) << 32 | int(read.seed[0, 1])) == -2 % 2**64
+    penalties = tuple(float(one[0]) for one in read.penalties)
+    assert penalties == (1, 0.5, -0.5, 1.25, 5)
 
 
 def edited(state: np.ndarray, edits: Edits) -> np.ndarray:
@@ -157,5 +175,6 @@ def test_a_sequence_at_its_longest_writes_over_nobody():
         programs.fresh_pool(this, SHAPES)(),
         edited(np.zeros((4, DecodeState.columns(SHAPES)), np.int32), edits),
     )
-    pool, state, _ = program(params, pool, state)
+    marks = programs.fresh_marks(this, SHAPES, SHAPES.slots)()
+    pool, state, *_ = program(params, pool, state, marks)
     assert not any(np.asarray(layer).any() for layer in (*pool["k"], *pool["v"]))
