@@ -121,7 +121,7 @@ class Attention(nnx.Module):
         qkv = qkv.reshape(-1, kv_heads, group, head_dim)
         q = qkv[:, :, : group - 2].reshape(-1, kv_heads * (group - 2), head_dim)
         k, v = qkv[:, :, group - 2], qkv[:, :, group - 1]
-        if self.query_norm is not None:
+        if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         attended = attend(turn(q), turn(k), v)
         y = total(project(attended.reshape(x.shape[0], -1).astype(x.dtype), self.out[...]), axis)
@@ -179,7 +179,8 @@ class ExpertMlp(nnx.Module):
             weights = weights / weights.sum(-1, keepdims=True)
         if axis is not None:
             chosen = chosen - lax.axis_index(axis) * self.up.shape[0]
-        y = expert_mlp.apply(x, self.up[...], self.down[...], chosen, weights, ACTIVATIONS[self.activation])
+        activation = ACTIVATIONS[self.activation]
+        y = expert_mlp.apply(x, self.up[...], self.down[...], chosen, weights, activation=activation)
         return total(y, axis).astype(x.dtype)
 
 

@@ -19,8 +19,8 @@ def apply(
     down: Float[Array, "X E M"],
     chosen: Int[Array, "T k"],
     weights: Float[Array, "T k"],
-    activation: Callable[[jax.Array], jax.Array],
     *,
+    activation: Callable[[jax.Array], jax.Array],
     backend: Backend = "auto",
 ) -> Float[Array, "T E"]:
     """The sum over j of weights[t, j] down (act(gate x) * up x) of expert chosen[t, j], for each token t.
@@ -36,4 +36,4 @@ def apply(
     Returns:
         float32. Each expert's own output has been rounded to the type of x.
     """
-    return choose(backend, FORMS)(x, up, down, chosen, weights, activation)
+    return choose(backend, FORMS)(x, up, down, chosen, weights, activation=activation)

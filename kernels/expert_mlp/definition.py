@@ -15,6 +15,7 @@ def apply(
     down: jax.Array,
     chosen: jax.Array,
     weights: jax.Array,
+    *,
     activation: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
     """See the package."""

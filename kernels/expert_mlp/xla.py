@@ -16,7 +16,7 @@ Activation = Callable[[jax.Array], jax.Array]
 
 
 def apply(
-    x: jax.Array, up: jax.Array, down: jax.Array, chosen: jax.Array, weights: jax.Array, activation: Activation
+    x: jax.Array, up: jax.Array, down: jax.Array, chosen: jax.Array, weights: jax.Array, *, activation: Activation
 ) -> jax.Array:
     """See the package. XLA:CPU multiplies every expert with every row of a ragged product, hence a loop there."""
     forms = (functools.partial(form, activation=activation) for form in (in_blocks, ragged))

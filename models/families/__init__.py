@@ -10,16 +10,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from ds_jax.architecture import Architecture
-from models.families import gpt2, llama, mistral, opt, qwen2, qwen3
+from models.families import gemma2, gemma3, gpt2, llama, mistral, mixtral, opt, qwen2, qwen3, qwen3_moe
 from models.families.reading import InOut, WeightNames
 
 FAMILIES = {
+    "gemma2": gemma2,
+    "gemma3_text": gemma3,
     "gpt2": gpt2,
     "llama": llama,
     "mistral": mistral,
+    "mixtral": mixtral,
     "opt": opt,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
 }
 """By `model_type` in config.json."""
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ds_jax.architecture import Architecture
-from models.families.reading import WeightNames, activation, integer, layer_kinds, number
+from ds_jax.architecture import Architecture, LayerKind
+from models.families.reading import WeightNames, activation, integer, number, rope
 
 CLASS_NAME = "LlamaForCausalLM"
 
@@ -40,7 +40,7 @@ def architecture(config: Mapping[str, Any], **changes: Any) -> Architecture:
     if "activation" not in fields:
         fields["activation"] = activation(config, "hidden_act", "silu")
     if "layer_kinds" not in fields:
-        fields["layer_kinds"] = layer_kinds(config, 10000.0, None, [False])
+        fields["layer_kinds"] = (LayerKind(**rope(config)),)
     return Architecture(**fields)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ds_jax.architecture import Architecture
+from ds_jax.architecture import Architecture, LayerKind
 from models.families import llama
-from models.families.reading import integer, layer_kinds
+from models.families.reading import integer, rope
 
 CLASS_NAME = "MistralForCausalLM"
 weight_names = llama.weight_names
@@ -21,5 +21,5 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         config,
         family="mistral",
         max_positions=integer(config, "max_position_embeddings", 4096 * 32),
-        layer_kinds=layer_kinds(config, 10000.0, window, [True]),
+        layer_kinds=(LayerKind(window, **rope(config)),),
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from ds_jax.architecture import Architecture, LayerKind
 from models.families import llama
-from models.families.reading import integer, layer_kinds
+from models.families.reading import integer, layer_kinds, rope
 
 CLASS_NAME = "Qwen2ForCausalLM"
 weight_names = llama.weight_names
@@ -26,11 +26,14 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
 
 
 def windowed_above(config: Mapping[str, Any]) -> tuple[LayerKind, ...]:
-    """Layers from max_window_layers on have the window, if use_sliding_window is true at all."""
-    window = None
-    if config.get("use_sliding_window") and config.get("sliding_window", 4096) is not None:
-        window = integer(config, "sliding_window", 4096)
-    first = config.get("max_window_layers", 28)
-    return layer_kinds(
-        config, 10000.0, window, [layer >= first for layer in range(integer(config, "num_hidden_layers"))]
-    )
+    """Layers from max_window_layers on have the window, if there is one."""
+    first, layers = config.get("max_window_layers", 28), integer(config, "num_hidden_layers")
+    local, full = LayerKind(window(config), **rope(config)), LayerKind(**rope(config))
+    return layer_kinds(config, [layer >= first for layer in range(layers)], local, full)
+
+
+def window(config: Mapping[str, Any]) -> int | None:
+    """sliding_window counts only where use_sliding_window is true."""
+    if not config.get("use_sliding_window") or config.get("sliding_window", 4096) is None:
+        return None
+    return integer(config, "sliding_window", 4096)

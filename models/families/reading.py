@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ds_jax.architecture import LayerKind, LinearScaling, Llama3Scaling, RopeScaling
+from ds_jax.architecture import Architecture, LayerKind, LinearScaling, Llama3Scaling, RopeScaling
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def activation(config: Mapping[str, Any], name: str, default: str) -> Any:
     return ACTIVATIONS[value]
 
 
-def cap(config: Mapping[str, Any], name: str, default: float | None = None) -> float | None:
+def soft_cap(config: Mapping[str, Any], name: str, default: float | None = None) -> float | None:
     """A soft cap of config.json; None where it is null."""
     value = config.get(name, default)
     return None if value is None else number(config, name, default)
@@ -75,51 +75,64 @@ def refuse(config: Mapping[str, Any], **expected: Any) -> None:
 
 
 def layer_kinds(
-    config: Mapping[str, Any], theta: float, window: int | None, local: list[bool]
+    config: Mapping[str, Any], pattern: list[bool], local: LayerKind, full: LayerKind
 ) -> tuple[LayerKind, ...]:
-    """The kinds of the layers: `local` says of each layer (or of a repeating pattern) whether it has the window.
+    """The kinds of the layers, where some are `local` (with a window) and the others `full`.
 
-    Newer files say it themselves, in layer_types. Rotary positions are the same in all.
+    Args:
+        config: newer files say in layer_types which are which.
+        pattern: whether each layer is local, repeating; what holds where the file does not say it.
+        local, full: the two kinds; if they are equal, the answer is that one.
     """
     types = config.get("layer_types")
     if types is not None:
-        for name in types:
-            if name not in ("sliding_attention", "full_attention"):
-                known = "sliding_attention, full_attention"
-                raise ValueError(f"config.json: layer_types has {name!r}, which is not supported; known are {known}")
-        if len(types) != integer(config, "num_hidden_layers"):
-            raise ValueError(
-                f"config.json: layer_types has {len(types)} entries for {config['num_hidden_layers']} layers"
-            )
-        local = [name == "sliding_attention" for name in types]
-    rope = rope_fields(config)
-    base = number(rope, "rope_theta", theta), rope_scaling(rope)
-    kinds = tuple(LayerKind(window if here else None, *base) for here in local)
+        known = "sliding_attention", "full_attention"
+        if unknown := [name for name in types if name not in known]:
+            listed = ", ".join(known)
+            raise ValueError(f"config.json: layer_types has {unknown[0]!r}, which is not supported; known are {listed}")
+        layers = integer(config, "num_hidden_layers")
+        if len(types) != layers:
+            raise ValueError(f"config.json: layer_types has {len(types)} entries for num_hidden_layers = {layers}")
+        pattern = [name == "sliding_attention" for name in types]
+    kinds = tuple(local if here else full for here in pattern)
     return kinds[:1] if len(set(kinds)) == 1 else kinds
 
 
-def rope_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json says about rotary positions: older files in two fields, newer ones under rope_parameters."""
+def rope(config: Mapping[str, Any], theta: float = 10000.0) -> dict[str, Any]:
+    """The rotary fields of LayerKind: older files have two fields for them, newer ones rope_parameters."""
     fields = {"rope_theta": config.get("rope_theta"), "partial_rotary_factor": config.get("partial_rotary_factor")}
     fields |= (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
     refuse(fields, partial_rotary_factor=1.0)
-    return fields
+    return {"rope_theta": number(fields, "rope_theta", theta), "rope_scaling": rope_scaling(fields)}
 
 
-def rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
+def rope_scaling(fields: Mapping[str, Any]) -> RopeScaling | None:
     """How config.json stretches positions; None where it does not."""
-    match rope.get("rope_type") or rope.get("type") or "default":
+    match fields.get("rope_type") or fields.get("type") or "default":
         case "default":
             return None
         case "linear":
-            return LinearScaling(number(rope, "factor"))
+            return LinearScaling(number(fields, "factor"))
         case "llama3":
             return Llama3Scaling(
-                factor=number(rope, "factor"),
-                low_frequency_factor=number(rope, "low_freq_factor"),
-                high_frequency_factor=number(rope, "high_freq_factor"),
-                original_max_positions=integer(rope, "original_max_position_embeddings"),
+                factor=number(fields, "factor"),
+                low_frequency_factor=number(fields, "low_freq_factor"),
+                high_frequency_factor=number(fields, "high_freq_factor"),
+                original_max_positions=integer(fields, "original_max_position_embeddings"),
             )
         case other:
             known = "default, linear, llama3"
             raise ValueError(f"config.json: rope_scaling.rope_type = {other!r} is not supported; known are {known}")
+
+
+def expert_names(arch: Architecture, block: str, *, gate: str, up: str, down: str) -> WeightNames:
+    """The names of routers and experts, where each expert is an MLP of its own: `{block}.experts.7.{up}.weight`."""
+    assert arch.experts is not None
+    names: WeightNames = {}
+    for layer in range(arch.num_layers):
+        at, path = f"model.layers.{layer}.{block}.", ("layers", layer, "mlp")
+        experts = [f"{at}experts.{number}." for number in range(arch.experts.count)]
+        names[(*path, "router")] = (at + "gate.weight",)
+        names[(*path, "up")] = tuple(f"{expert}{name}.weight" for expert in experts for name in (gate, up))
+        names[(*path, "down")] = tuple(f"{expert}{down}.weight" for expert in experts)
+    return names

@@ -77,7 +77,7 @@ def test_opt_has_two_rows_before_position_0_and_ties_its_embeddings_unless_told_
     [
         (
             {"architectures": ["MambaForCausalLM"]},
-            "MambaForCausalLM, which is not supported; known are GPT2LMHeadModel",
+            "MambaForCausalLM, which is not supported; known are Gemma2ForCausalLM",
         ),
         ({"model_type": "t5"}, "t5, which is not supported; known are .*, LlamaForCausalLM .llama., Mistral"),
         ({}, "None, which is not supported"),

@@ -1,8 +1,9 @@
-"""The model against Hugging Face transformers, on small random checkpoints, at several tp."""
+"""The model against Hugging Face transformers, on small random checkpoints, with prefill and decode at unlike tp."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,12 @@ from kernels import kv_write, paged_decode_attention, paged_prefill_attention
 from models.checkpoint import load_params, open_checkpoint
 from models.sharding import POOL_AXES, TENSOR, make_mesh, sharding_of, spec_of
 from models.transformer import abstract_params, partition_specs
-from tests.goldens import CASES, Golden
+from tests.goldens import CASES, Answer, Golden
 
-TPS = (1, 2, 4)
+PLACEMENTS = ((1, 1), (2, 1), (1, 4), (4, 2))
+"""tp of prefill and of decode."""
 PAGE = 8
+FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
 EVERYWHERE = PartitionSpec()
 
 
@@ -33,110 +36,95 @@ class Loaded:
         self.graphdef, abstract = abstract_params(self.arch, tp, jnp.float32, self.mesh)
         self.specs = partition_specs(abstract)
         self.params = load_params(checkpoint, self.mesh, jnp.float32)
-        self.kv_heads = self.arch.stored_kv_heads(tp)
+        self.copies = self.arch.stored_kv_heads(tp) // self.arch.num_kv_heads
 
-    def program(self, function, in_specs, out_specs):
-        """function(model, *arrays) on the mesh; the parameters are put in front."""
+    def program(self, read: Callable[..., jax.Array], integers: int) -> Callable[..., tuple[jax.Array, list]]:
+        """(pool, tokens, positions, slots, *integers) -> (logits, pool); `read` is the attention over pages."""
+        arch = self.arch
 
-        def local(params, *arrays):
-            return function(nnx.merge(self.graphdef, params), *arrays)
+        def local(params, pool, tokens, positions, slots, *rest):
+            model, pool = nnx.merge(self.graphdef, params), list(pool)
 
-        mapped = jax.shard_map(
-            local, mesh=self.mesh, in_specs=(self.specs, *in_specs), out_specs=out_specs, check_vma=False
+            def attend(layer, q, k, v):
+                pool[layer] = kv_write.write(*pool[layer], k, v, slots)
+                options = {"window": arch.kind(layer).window, "soft_cap": arch.attention_soft_cap}
+                return read(q, *pool[layer], *rest, scale=arch.attention_scale, **options)
+
+            return model.logits(model(tokens, positions, attend, TENSOR), TENSOR), pool
+
+        pool = [(spec_of(POOL_AXES),) * 2] * arch.num_layers
+        in_specs = (self.specs, pool, *(EVERYWHERE,) * (3 + integers))
+        mapped = jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=(EVERYWHERE, pool), check_vma=False)
+        return functools.partial(jax.jit(mapped, compiler_options=FAST_TO_COMPILE), self.params)
+
+    def pool(self, real: list[tuple[np.ndarray, np.ndarray]]) -> list:
+        """The pool on this mesh that has these keys and values [P, K, N, D] of the model's own heads."""
+        sharding = sharding_of(POOL_AXES, self.mesh)
+        return jax.tree.map(lambda heads: jax.device_put(np.repeat(heads, self.copies, axis=1), sharding), real)
+
+    def real_heads(self, pool: list) -> list[tuple[np.ndarray, np.ndarray]]:
+        return jax.tree.map(lambda heads: np.asarray(heads)[:, :: self.copies], pool)
+
+
+class Batch:
+    """The prompts of all answers, packed, and pages for what follows."""
+
+    def __init__(self, answers: list[Answer]):
+        self.answers = answers
+        self.lengths = np.array([len(answer.prompt) for answer in answers], np.int32)
+        self.starts = np.cumsum(self.lengths) - self.lengths
+        each = -(-(int(self.lengths.max()) + len(answers[0].tokens)) // PAGE)
+        # Pages in a mixed order, and one that nobody owns.
+        order = np.random.default_rng(1).permutation(len(answers) * each + 1)[:-1]
+        self.table = order.reshape(len(answers), each).astype(np.int32)
+
+    def empty_pool(self, arch: Architecture) -> list[tuple[np.ndarray, np.ndarray]]:
+        layer = np.full((self.table.size + 1, arch.num_kv_heads, PAGE, arch.head_dim), np.nan, np.float32)
+        return [(layer, layer)] * arch.num_layers
+
+    def slots(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        return (self.table[rows, positions // PAGE] * PAGE + positions % PAGE).astype(np.int32)
+
+    def prefill(self, loaded: Loaded) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+        """Logits after each token of the prompts, and the pool's real heads."""
+        rows = np.repeat(np.arange(len(self.answers)), self.lengths)
+        positions = np.concatenate([np.arange(length) for length in self.lengths]).astype(np.int32)
+        padding = -len(positions) % 16 or 16
+        tokens = np.concatenate([answer.prompt for answer in self.answers]).astype(np.int32)
+        logits, pool = loaded.program(paged_prefill_attention.attend, 4)(
+            loaded.pool(self.empty_pool(loaded.arch)),
+            np.pad(tokens, (0, padding), constant_values=-7),
+            np.pad(positions, (0, padding)),
+            np.pad(self.slots(rows, positions), (0, padding), constant_values=-1),
+            *(self.table, self.starts, self.lengths, np.zeros_like(self.lengths)),
         )
-        return functools.partial(jax.jit(mapped), self.params)
+        return np.asarray(logits[: len(positions)]), loaded.real_heads(pool)
 
-    def empty_pool(self, pages: int):
-        shape = (pages, self.kv_heads, PAGE, self.arch.head_dim)
-        layer = jax.device_put(np.full(shape, np.nan, np.float32), sharding_of(POOL_AXES, self.mesh))
-        return [(layer, layer)] * self.arch.num_layers
-
-
-def causal(scale, _layer, q, k, v):
-    """Plain attention of one whole sequence."""
-    k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
-    scores = jnp.einsum("thd,shd->hts", q, k) * scale
-    scores = jnp.where(jnp.tril(jnp.ones(scores.shape[1:], bool)), scores, -jnp.inf)
-    return jnp.einsum("hts,shd->thd", jax.nn.softmax(scores), v)
+    def decode(self, loaded: Loaded, step: Callable, first: np.ndarray, pool: list) -> list[list[int]]:
+        """Greedy tokens of each answer, `first` among them."""
+        pool, produced = loaded.pool(pool), [first]
+        rows = np.arange(len(self.answers))
+        for length in range(1, len(self.answers[0].tokens)):
+            positions = self.lengths + length - 1
+            slots = self.slots(rows, positions)
+            logits, pool = step(pool, produced[-1], positions, slots, self.table, positions + 1)
+            produced.append(np.argmax(logits, -1).astype(np.int32))
+        return np.stack(produced, 1).tolist()
 
 
-@pytest.mark.parametrize("tp", TPS)
 @pytest.mark.parametrize("golden", CASES, ids=lambda golden: golden.name)
-def test_logits_after_every_prompt_token_are_those_of_transformers(golden: Golden, tp: int):
-    loaded = Loaded(golden, tp)
-    attend = functools.partial(causal, loaded.arch.attention_scale)
-
-    def whole(model, tokens):
-        return model.logits(model(tokens, jnp.arange(tokens.shape[0]), attend, TENSOR), TENSOR)
-
-    run = loaded.program(whole, (EVERYWHERE,), EVERYWHERE)
-    for answer in golden.answers():
-        padded = np.zeros(40, np.int32)
-        padded[: len(answer.prompt)] = answer.prompt
-        logits = run(padded)[: len(answer.prompt)]
-        assert logits.dtype == jnp.float32
-        np.testing.assert_allclose(logits, answer.prefill_logits, atol=2e-4, rtol=0)
-
-
-@pytest.mark.parametrize("tp", (1, 4))
-@pytest.mark.parametrize("golden", CASES, ids=lambda golden: golden.name)
-def test_packed_prefill_and_batched_decode_over_pages_give_the_tokens_of_transformers(golden: Golden, tp: int):
-    loaded, answers = Loaded(golden, tp), golden.answers()
-    scale = loaded.arch.attention_scale
-    pool_specs = [(spec_of(POOL_AXES),) * 2] * loaded.arch.num_layers
-    lengths = np.array([len(answer.prompt) for answer in answers], np.int32)
-    starts = np.cumsum(lengths) - lengths
-    pages_each = -(-(int(lengths.max()) + len(answers[0].tokens)) // PAGE)
-    # Pages in a mixed order, and one that nobody owns.
-    table = np.random.default_rng(1).permutation(len(answers) * pages_each + 1)[:-1].reshape(len(answers), -1)
-    table = table.astype(np.int32)
-
-    def through_pages(model, pool, tokens, positions, slots, read):
-        pool = list(pool)
-
-        def attend(layer, q, k, v):
-            pool[layer] = kv_write.write(*pool[layer], k, v, slots)
-            return read(q, *pool[layer])
-
-        return model.logits(model(tokens, positions, attend, TENSOR), TENSOR), pool
-
-    def prefill(model, pool, tokens, positions, slots):
-        def read(q, k, v):
-            zeros = np.zeros_like(lengths)
-            return paged_prefill_attention.attend(q, k, v, table, starts, lengths, zeros, scale=scale)
-
-        return through_pages(model, pool, tokens, positions, slots, read)
-
-    def decode(model, pool, tokens, positions, slots):
-        def read(q, k, v):
-            return paged_decode_attention.attend(q, k, v, table, positions + 1, scale=scale)
-
-        return through_pages(model, pool, tokens, positions, slots, read)
-
-    def slots_of(rows, positions):
-        return (table[rows, positions // PAGE] * PAGE + positions % PAGE).astype(np.int32)
-
-    specs = ((pool_specs, EVERYWHERE, EVERYWHERE, EVERYWHERE), (EVERYWHERE, pool_specs))
-    rows = np.repeat(np.arange(len(answers)), lengths)
-    positions = np.concatenate([np.arange(length) for length in lengths]).astype(np.int32)
-    padding = 64 - len(positions)
-    prompts = np.concatenate([answer.prompt for answer in answers]).astype(np.int32)
-    logits, pool = loaded.program(prefill, *specs)(
-        loaded.empty_pool(table.size + 1),
-        np.pad(prompts, (0, padding), constant_values=-7),
-        np.pad(positions, (0, padding)),
-        np.pad(slots_of(rows, positions), (0, padding), constant_values=-1),
-    )
-    expected = np.concatenate([answer.prefill_logits for answer in answers])
-    np.testing.assert_allclose(logits[: len(positions)], expected, atol=2e-4, rtol=0)
-
-    step = loaded.program(decode, *specs)
-    tokens = np.argmax(logits[starts + lengths - 1], -1).astype(np.int32)
-    produced = [tokens]
-    for length in range(1, len(answers[0].tokens)):
-        positions = lengths + length - 1
-        logits, pool = step(pool, tokens, positions, slots_of(np.arange(len(answers)), positions))
-        tokens = np.argmax(logits, -1).astype(np.int32)
-        produced.append(tokens)
-    for row, answer in enumerate(answers):
-        assert answer.agrees([int(tokens[row]) for tokens in produced])
+def test_packed_prefill_and_batched_decode_at_unlike_tp_give_what_transformers_gives(golden: Golden):
+    answers = golden.answers()
+    batch = Batch(answers)
+    loaded = {tp: Loaded(golden, tp) for tp in {tp for placement in PLACEMENTS for tp in placement}}
+    filled = {tp: batch.prefill(loaded[tp]) for tp in {prefill for prefill, _ in PLACEMENTS}}
+    for logits, _ in filled.values():
+        expected = np.concatenate([answer.prefill_logits for answer in answers])
+        np.testing.assert_allclose(logits, expected, atol=2e-4, rtol=0)
+    steps = {tp: loaded[tp].program(paged_decode_attention.attend, 2) for tp in {decode for _, decode in PLACEMENTS}}
+    for prefill, decode in PLACEMENTS:
+        logits, pool = filled[prefill]
+        first = np.argmax(logits[batch.starts + batch.lengths - 1], -1).astype(np.int32)
+        produced = batch.decode(loaded[decode], steps[decode], first, pool)
+        for answer, tokens in zip(answers, produced, strict=True):
+            assert answer.agrees(tokens), f"prefill tp {prefill}, decode tp {decode}"

@@ -15,17 +15,11 @@ from models.checkpoint import load_params, open_checkpoint
 from models.sharding import make_mesh
 from models.transformer import Transformer, abstract_model, params_of
 from tests.goldens import CASES, Golden
-
-
-def causal(scale, _layer, q, k, v):
-    k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
-    scores = jnp.einsum("thd,shd->hts", q, k, preferred_element_type=jnp.float32) * scale
-    scores = jnp.where(jnp.tril(jnp.ones(scores.shape[1:], bool)), scores, -jnp.inf)
-    return jnp.einsum("hts,shd->thd", jax.nn.softmax(scores), v).astype(q.dtype)
+from tests.models import plain
 
 
 def logits_of(model: Transformer, tokens: jax.Array) -> jax.Array:
-    attend = functools.partial(causal, model.arch.attention_scale)
+    attend = functools.partial(plain.attention, model.arch)
     return model.logits(model(tokens, jnp.arange(len(tokens)), attend))
 
 
