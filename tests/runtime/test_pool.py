@@ -47,10 +47,12 @@ def test_a_pool_is_no_larger_than_can_be_used():
     assert sizes[1].pages == (32 + 1) * 512 // 16
 
 
-def test_a_pool_takes_what_memory_is_left_beside_the_weights(monkeypatch: pytest.MonkeyPatch):
-    weights = ARCH.parameters() * 4
-    memory(monkeypatch, weights + 100 * page_bytes(ARCH, "float32", 1, 16) + 17)
-    assert [shapes.pages for shapes in planned(config_of()).shapes] == [100, 100]
+def test_a_pool_takes_what_memory_is_left_beside_weights_and_marks(monkeypatch: pytest.MonkeyPatch):
+    weights, page = ARCH.parameters() * 4, page_bytes(ARCH, "float32", 1, 16)
+    marks = [8 * 61 * rows for rows in (PrefillConfig().max_step_sequences, DecodeConfig().slots)]
+    memory(monkeypatch, weights + max(marks) + 100 * page + 17)
+    more = [(max(marks) - one + 17) // page for one in marks]
+    assert [shapes.pages for shapes in planned(config_of()).shapes] == [100 + one for one in more]
 
 
 def test_devices_that_share_heads_hold_more_pages():
