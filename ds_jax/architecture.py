@@ -6,7 +6,7 @@ family by name.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -200,3 +200,36 @@ class Architecture:
     def kv_bytes_per_token(self, dtype: str) -> int:
         """Bytes of KV that one token holds over all layers and heads: 2 L K D bytes(dtype), replicas not counted."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[dtype]
+
+    def parameters_per_device(self, tp: int) -> int:
+        """Weights and biases that each of `tp` devices holds: its share of what is cut, and all of the rest.
+
+        Raises:
+            ValueError: tp does not fit; as `check_tp`.
+        """
+        whole_routers = 0
+        if self.experts is not None:
+            others = self.experts.count - self.experts.count // tp
+            whole_routers = self.num_layers * others * self.hidden_size
+        return self._share(tp).parameters() + whole_routers
+
+    def kv_bytes_per_token_per_device(self, dtype: str, tp: int) -> int:
+        """Bytes of KV that one token holds on each of `tp` devices, replicas counted.
+
+        Raises:
+            ValueError: tp does not fit; as `check_tp`.
+        """
+        return self._share(tp).kv_bytes_per_token(dtype)
+
+    def _share(self, tp: int) -> Architecture:
+        """What is cut between devices, cut: one device's heads, MLP or experts, and rows of the vocabulary."""
+        self.check_tp(tp)
+        experts = self.experts and replace(self.experts, count=self.experts.count // tp, per_token=1)
+        return replace(
+            self,
+            vocab_size=self.padded_vocab(tp) // tp,
+            num_heads=self.num_heads // tp,
+            num_kv_heads=self.stored_kv_heads(tp) // tp,
+            intermediate_size=self.intermediate_size if experts else self.intermediate_size // tp,
+            experts=experts,
+        )
