@@ -90,6 +90,7 @@ class Disaggregated:
         family = [Sequence(request, self._arrivals + index, id) for index, id in enumerate(request.sequences)]
         self._arrivals += request.n
         leader, *forks = family
+        self._lead(leader, forks)
         if why := self._cannot_ever_run(leader):
             self._commands.extend(Reject(sequence.id, why) for sequence in family)
             return
@@ -98,7 +99,6 @@ class Disaggregated:
             self.sequences[sequence.id] = sequence
             if request.deadline_ns is not None:
                 self._commands.append(SetTimer(f"deadline:{sequence.id}", request.deadline_ns))
-        self._lead(leader, forks)
         self._wait_for_prefill(leader, replay=False)
 
     def _lead(self, leader: Sequence, forks: list[Sequence]) -> None:
@@ -112,15 +112,15 @@ class Disaggregated:
         """A sequence must fit whole into a prefill pool (it may have to be replayed) and into a decode pool."""
         for role in (Role.PREFILL, Role.DECODE):
             pools = [instance for instance in self._known.values() if instance.role is role]
-            if pools and not any(_fits(sequence, instance) for instance in pools):
+            if pools and not any(_holds(sequence, instance) for instance in pools):
                 largest = max(instance.pages * instance.page_size for instance in pools)
                 return (
                     f"prompt and max_tokens ask for KV pages of {sequence.most_tokens} tokens; "
                     f"the largest {role} pool holds {largest}"
                 )
-        rows = [one.max_step_sequences for one in self._known.values() if one.role is Role.PREFILL]
-        if rows and sequence.request.n > max(rows):
-            return f"n = {sequence.request.n} must be at most {max(rows)}, the prompts that one prefill step holds"
+            if pools and not any(_fits(sequence, instance) for instance in pools):
+                rows = max(instance.max_step_sequences for instance in pools if _holds(sequence, instance))
+                return f"n = {sequence.request.n} must be at most {rows}, the prompts that one prefill step holds"
         return None
 
     def _on_timer(self, key: str) -> None:
@@ -368,8 +368,14 @@ class Disaggregated:
                     self._commands.append(copy)
 
 
-def _fits(sequence: Sequence, instance: Instance) -> bool:
+def _holds(sequence: Sequence, instance: Instance) -> bool:
     return pages_for(sequence.most_tokens, instance.page_size) <= instance.pages
+
+
+def _fits(sequence: Sequence, instance: Instance) -> bool:
+    """Its pages fit into the pool and, where it is prefilled, its forks beside it into one step."""
+    rows = 1 + len(sequence.forks)
+    return _holds(sequence, instance) and (instance.role is Role.DECODE or rows <= instance.max_step_sequences)
 
 
 def _by_age(sequences: Iterable[Sequence]) -> list[Sequence]:

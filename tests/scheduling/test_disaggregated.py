@@ -108,6 +108,14 @@ def test_a_request_goes_only_where_it_fits_whole():
     assert (step.instance, copy.source.instance, copy.destination.instance) == (2, 2, 3)
 
 
+def test_several_outputs_go_only_where_one_step_holds_all_of_them():
+    w = world(prefill_instance(0, max_step_sequences=1), decode_instance(1), prefill_instance(2, pages=6))
+    w.arrive(0, 4, 2, n=2)
+    assert [(step.instance, prefilled(step)) for step in w.steps()] == [(2, [(0, 0, 4), (1, 4, 0)])]
+    (reject, _) = rejects(w.arrive(2, 20, 2, n=2))
+    assert reject.why == "n = 2 must be at most 1, the prompts that one prefill step holds"
+
+
 # --- the pull ---------------------------------------------------------------------------------------------------------
 
 
