@@ -88,8 +88,13 @@ class AsyncEngine:
         """What the updates of one sequence add; None if nothing does, because its text was complete before."""
         last = updates[-1]
         was_complete = stream.stopped
-        token_ids = [] if was_complete else [token for update in updates for token in update.token_ids]
-        text = "" if was_complete else stream.push(token_ids)
+        token_ids: list[int] = []
+        text = ""
+        for token in (token for update in updates for token in update.token_ids):
+            if stream.stopped:
+                break  # what comes behind the stop string is nobody's
+            token_ids.append(token)
+            text += stream.push((token,))
         reason = last.finish_reason
         if stream.stopped:
             if reason is not None:
@@ -101,7 +106,7 @@ class AsyncEngine:
         elif reason is not None:
             text += stream.finish()
         stages_s = None if last.times is None else last.times.stages_s()
-        found = [one for update in updates for one in update.logprobs or ()]
+        found = [one for update in updates for one in update.logprobs or ()][: len(token_ids)]
         logprobs = None if was_complete or all(update.logprobs is None for update in updates) else found
         prompt_logprobs = next((one.prompt_logprobs for one in updates if one.prompt_logprobs is not None), None)
         return Output(index, token_ids, text, reason, stages_s, last.error, logprobs, prompt_logprobs)

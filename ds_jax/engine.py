@@ -84,7 +84,11 @@ class Engine:
         self._ask = self.recorder.wrap(self.scheduler).handle
         self.executor = InProcessExecutor(config, devices=devices)
         self.tokenizer = self._open_tokenizer()
-        self.executor.build(progress)
+        try:
+            self.executor.build(progress)
+        except BaseException:
+            self.executor.close()
+            raise
         self.max_model_len = self.executor.max_model_len
         self._eos = frozenset(self.executor.checkpoint.eos_token_ids)
         self._most_outputs = max(instance.max_step_sequences for instance in self.executor.instances)
@@ -166,6 +170,8 @@ class Engine:
         deadline_s = deadline_s if deadline_s is not None else self.config.engine.deadline_s or None
         deadline_ns = None if deadline_s is None else time.monotonic_ns() + int(deadline_s * 1e9)
         with self._submitting:
+            if self._closed:
+                raise Draining("the engine is closed")
             ids = range(self._next_id, self._next_id + params.n)
             self._next_id = ids.stop
             self._unstarted.add(ids.start)
@@ -216,9 +222,10 @@ class Engine:
 
     def close(self) -> None:
         """Abort what still runs, stop the thread, free the devices."""
-        if self._closed:
-            return
-        self._draining = self._closed = True
+        with self._submitting:  # what was submitted before is aborted below, nothing is submitted after
+            if self._closed:
+                return
+            self._draining = self._closed = True
         if self._thread.is_alive():
             self.call_soon(self._abort_all)
             self._inbox.put((_quit, ()))

@@ -15,6 +15,7 @@ configuration of their own pass their dataclass: `define_config(SearchConfig)`, 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 import sys
 import traceback
@@ -110,6 +111,7 @@ def run(main: Callable[[list[str]], object]) -> None:
     user's mistakes: one sentence on stderr and exit code 2. What a library raises is a mistake of ours and keeps its
     stack trace.
     """
+    logging.getLogger("jax").setLevel(logging.WARNING)  # it tells of every backend that it does not find
     flags.DEFINE_boolean("traceback", False, "Show where an error comes from, not only its sentence.")
 
     def parse_flags(argv: list[str]) -> list[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import queue
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -66,6 +67,10 @@ class RequestOutput:
     def stages_s(self) -> dict[str, float] | None:
         return self.completions[0].stages_s
 
+    @property
+    def error(self) -> str | None:
+        return self.completions[0].error
+
 
 class LLM:
     """An engine that serves this process alone. Close it, or use it as a context manager, to free the devices.
@@ -91,23 +96,34 @@ class LLM:
         self,
         prompts: Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        errors: Literal["raise", "return"] = "raise",
     ) -> list[RequestOutput]:
         """Complete all prompts (texts or token ids); outputs come in the order of the prompts.
 
+        A prompt that can never run raises before anything is started, or with errors="return" gets an output of its
+        own, with finish_reason "error" and the reason, and the others are served.
+
         Raises:
-            RequestError: a prompt can never run; nothing was started then, and the message names it.
+            RequestError: a prompt can never run; the message names it.
         """
         tokens = [self._token_ids(prompt) for prompt in prompts]
         params = params or SamplingParams()
         each = [params] * len(tokens) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(tokens):
             raise ValueError(f"{len(each)} sampling parameters for {len(tokens)} prompts: give one, or one per prompt")
+        refused: dict[int, RequestOutput] = {}
         for index, (prompt, wanted) in enumerate(zip(tokens, each, strict=True)):
             try:
                 self.engine.check(prompt, wanted)
             except RequestError as error:
-                raise RequestError(f"prompts[{index}]: {error}", error.param) from error
-        return self._generate(tokens, each)
+                why = f"prompts[{index}]: {error}"
+                if errors == "raise":
+                    raise RequestError(why, error.param) from error
+                refused[index] = RequestOutput(prompt, (Completion([], "", "error", None, why),) * wanted.n)
+        good = [index for index in range(len(tokens)) if index not in refused]
+        served = self._generate([tokens[index] for index in good], [each[index] for index in good])
+        outputs = refused | dict(zip(good, served, strict=True))
+        return [outputs[index] for index in range(len(tokens))]
 
     def _generate(self, prompts: list[list[int]], each: list[SamplingParams]) -> list[RequestOutput]:
         outputs: list[list[Completion | None]] = [[None] * params.n for params in each]
@@ -152,7 +168,7 @@ class LLM:
     def _token_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """An empty text stays empty, although the tokenizer may put a token in front of it: it is refused."""
         if not isinstance(prompt, str):
-            return list(prompt)
+            return [token if isinstance(token, int) else operator.index(token) for token in prompt]
         return self.tokenizer.encode(prompt) if prompt else []
 
     def close(self) -> None:

@@ -4,13 +4,15 @@ python -m experiments.generate --config=configs/story.py --prompts=prompts.json 
 
 FILE.json holds a JSON list of strings or lists of token ids. OUTPUT_DIR gets outputs.json (a list in the same order of
 prompt_token_ids, token_ids, text, finish_reason and the seconds in each of the five stages), summary.json and
-config.json (the resolved configuration). With --config.engine.log_capacity=N also events.jsonl, for
+config.json (the resolved configuration). A prompt that can never run has finish_reason "error" and an `error` there,
+does not disturb the others, and makes the exit code 1. With --config.engine.log_capacity=N also events.jsonl, for
 experiments.timeline.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -41,7 +43,7 @@ def read_prompts(path: Path) -> list[str | list[int]]:
     if not isinstance(prompts, list) or not prompts:
         raise ValueError(f"{path} must hold a JSON list of at least one prompt")
     for index, prompt in enumerate(prompts):
-        ids = isinstance(prompt, list) and all(isinstance(token, int) for token in prompt)
+        ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
         if not (ids or isinstance(prompt, str)):
             raise ValueError(f"{path}: prompts[{index}] must be a string or a list of token ids, got {prompt!r:.60}")
     return prompts
@@ -75,7 +77,7 @@ def main(argv: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with LLM(config) as llm:
         begin = time.monotonic()
-        outputs = llm.generate(prompts, params)
+        outputs = llm.generate(prompts, params, errors="return")
         seconds = time.monotonic() - begin
         statistics = llm.engine.statistics()
         log = llm.engine.recorder.log()
@@ -86,13 +88,25 @@ def main(argv: list[str]) -> None:
             "token_ids": output.token_ids,
             "text": output.text,
             "finish_reason": output.finish_reason,
-            "stages_s": output.stages_s,
+            "stages_s": output.stages_s or dict.fromkeys(STAGES, 0.0),
         }
+        | ({"error": output.error} if output.error else {})
         for output in outputs
     ]
+    _write(folder / "outputs.json", rows)
+    _write(folder / "config.json", dataclasses.asdict(config))
+    if config.engine.log_capacity:
+        log.save(folder / "events.jsonl")
+    failures = [output.error or "no reason is known" for output in outputs if output.finish_reason == "error"]
+    for failure in failures:
+        print(f"not served: {failure}", file=sys.stderr)
+    if len(failures) == len(outputs):
+        sys.exit(f"generate: no prompt could be served; {folder / 'outputs.json'} has the reasons")
+
     times = [output.times for output in outputs if output.times is not None]
     summary = {
         "requests": len(outputs),
+        "failed": len(failures),
         "prompt_tokens": sum(len(output.prompt_token_ids) for output in outputs),
         "output_tokens": sum(len(output.token_ids) for output in outputs),
         "seconds": seconds,
@@ -102,11 +116,7 @@ def main(argv: list[str]) -> None:
         "mean_stages_s": {stage: sum(one.stages_s()[stage] for one in times) / max(1, len(times)) for stage in STAGES},
         "compilations_while_serving": statistics["compilations_while_serving"],
     }
-    _write(folder / "outputs.json", rows)
     _write(folder / "summary.json", summary)
-    _write(folder / "config.json", dataclasses.asdict(config))
-    if config.engine.log_capacity:
-        log.save(folder / "events.jsonl")
 
     for name, value in summary.items():
         if not isinstance(value, dict):
@@ -114,6 +124,8 @@ def main(argv: list[str]) -> None:
     for stage, mean_s in summary["mean_stages_s"].items():
         print(f"mean {stage:23}{mean_s * 1e3:.3f} ms")
     print(f"written to {folder}")
+    if failures:
+        sys.exit(1)
 
 
 def _write(path: Path, value: object) -> None:

@@ -221,3 +221,12 @@ def test_the_async_engine_streams_stops_and_aborts() -> None:
             await engine.close()
 
     asyncio.run(scenario())
+
+
+def test_offline_a_prompt_that_can_never_run_does_not_disturb_the_others_if_asked(llm: LLM) -> None:
+    wanted = llm.generate([[1, 2, 3]], GREEDY)[0]
+    good, bad = llm.generate([[1, 2, 3], []], GREEDY, errors="return")
+    assert good.token_ids == wanted.token_ids
+    assert bad.finish_reason == "error"
+    assert bad.error is not None
+    assert "prompts[1]: prompt is empty" in bad.error
