@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -13,6 +14,8 @@ from kernels.expert_mlp import definition, xla
 FORMS = {"xla": xla.apply, "definition": definition.apply}
 
 
+# Compiled as part of its caller; the jit makes JAX look at it once, not once per layer.
+@functools.partial(jax.jit, static_argnames=("activation", "backend"))
 def apply(
     x: Float[Array, "T E"],
     up: Float[Array, "X 2 M E"],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import jax
 from jaxtyping import Array, Float, Int
 
 from kernels.backends import Backend, choose
@@ -10,6 +13,8 @@ from kernels.paged_decode_attention import definition, xla
 FORMS = {"xla": xla.attend, "definition": definition.attend}
 
 
+# Compiled as part of its caller; the jit makes JAX look at it once, not once per layer.
+@functools.partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "backend"))
 def attend(
     q: Float[Array, "B H D"],
     k_pages: Float[Array, "P K N D"],

@@ -108,7 +108,7 @@ class Batch:
             positions = self.lengths + length - 1
             slots = self.slots(rows, positions)
             logits, pool = step(pool, produced[-1], positions, slots, self.table, positions + 1)
-            produced.append(np.argmax(logits, -1).astype(np.int32))
+            produced.append(np.asarray(logits).argmax(-1).astype(np.int32))
         return np.stack(produced, 1).tolist()
 
 
