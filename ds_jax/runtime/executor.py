@@ -38,7 +38,7 @@ from ds_jax.runtime.programs import Model
 from ds_jax.runtime.reader import Reader
 from ds_jax.runtime.sequence import Sequence as TokenSequence
 from ds_jax.sampling import TokenLogprobs
-from models.checkpoint import dummy_params, load_params, open_checkpoint
+from models.checkpoint import bytes_to_read, dummy_params, load_params, open_checkpoint
 from models.transformer import abstract_params
 
 log = logging.getLogger(__name__)
@@ -151,13 +151,14 @@ class InProcessExecutor:
                 instance.begin_life()
 
     def _load(self, progress: bool) -> None:
-        for instance in tqdm(self._instances, "load weights", disable=not progress):
-            where = instance.model.mesh
-            instance.params = (
-                dummy_params(self.arch, where, self._dtype)
-                if self._dummy
-                else load_params(self.checkpoint, where, self._dtype)
-            )
+        if self._dummy:
+            for instance in tqdm(self._instances, "make random weights", disable=not progress):
+                instance.params = dummy_params(self.arch, instance.model.mesh, self._dtype)
+            return
+        total = sum(bytes_to_read(self.checkpoint, instance.model.mesh) for instance in self._instances)
+        with tqdm(total=total, desc="load weights", unit="B", unit_scale=True, disable=not progress) as bar:
+            for instance in self._instances:
+                instance.params = load_params(self.checkpoint, instance.model.mesh, self._dtype, bar.update)
 
     def _compile(self, progress: bool) -> None:
         jobs: list[Callable[[], None]] = []
