@@ -11,12 +11,16 @@ from fastapi.responses import JSONResponse
 
 from ds_jax.errors import RequestError
 from ds_jax.server.errors import shown
-from ds_jax.server.generation import Generation, check_model, collect, fitted, head, renamed, tokenized
+from ds_jax.server.generation import Choice, Generation, check_model, collect, fitted, head, renamed, tokenized
+from ds_jax.server.logprobs import chat_logprobs, prompt_logprobs
 from ds_jax.server.schemas import ChatRequest, Message
 from ds_jax.server.streaming import DONE, EventStream, event, unless_hung_up
 
 if TYPE_CHECKING:
     from ds_jax.async_engine import AsyncEngine
+
+_ANY = 2**31 - 1
+"""Stands for max_tokens until it is known how much the prompt leaves."""
 
 router = APIRouter()
 
@@ -30,9 +34,9 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     max_tokens, field = body.max_tokens, "max_tokens"
     if body.max_completion_tokens is not None:
         max_tokens, field = body.max_completion_tokens, "max_completion_tokens"
-    names = {"prompt": "messages", "max_tokens": field}
+    names = {"prompt": "messages", "max_tokens": field, "logprobs": "top_logprobs"}
     try:
-        params = body.sampling(1 if max_tokens is None else max_tokens)
+        params = body.sampling(_ANY if max_tokens is None else max_tokens)
     except RequestError as error:
         raise renamed(error, names) from error
     turns = _turns(body.messages)
@@ -42,38 +46,52 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     if body.stream:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         return EventStream(_events(generation, head("chatcmpl", "chat.completion.chunk", engine), with_usage))
-    [answer] = await unless_hung_up(request.receive, collect(generation))
+    answers = await unless_hung_up(request.receive, collect(generation))
+    whole = {
+        **head("chatcmpl", "chat.completion", engine),
+        "choices": [_choice(engine, index, answer) for index, answer in enumerate(answers)],
+        "usage": generation.usage(),
+    }
+    if answers[0].prompt_logprobs is not None:
+        whole["prompt_logprobs"] = prompt_logprobs(engine.tokenizer, prompt, answers[0].prompt_logprobs)
+    return JSONResponse(whole)
+
+
+def _choice(engine: AsyncEngine, index: int, answer: Choice) -> dict[str, Any]:
+    logprobs = None
+    if answer.logprobs is not None:
+        logprobs = chat_logprobs(engine.tokenizer, answer.token_ids, answer.logprobs)
     choice = {
-        "index": 0,
+        "index": index,
         "message": {"role": "assistant", "content": answer.text, "refusal": None},
-        "logprobs": None,
+        "logprobs": logprobs,
         "finish_reason": answer.finish_reason,
     }
-    if answer.stages_s is not None:
-        choice["stages_s"] = answer.stages_s
-    start = head("chatcmpl", "chat.completion", engine)
-    return JSONResponse({**start, "choices": [choice], "usage": generation.usage()})
+    return choice if answer.stages_s is None else {**choice, "stages_s": answer.stages_s}
 
 
 async def _events(generation: Generation, start: dict[str, Any], with_usage: bool) -> AsyncGenerator[bytes, None]:
     if with_usage:
         start = {**start, "usage": None}
 
-    def chunk(delta: dict[str, Any], finish_reason: str | None = None, **more: Any) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason, **more}
+    def chunk(index: int, delta: dict[str, Any], **more: Any) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
         return event({**start, "choices": [choice]})
 
-    begun = False
+    begun = set()
     async with aclosing(generation.outputs()) as outputs:
-        async for _, output in outputs:
-            if not begun:
-                begun = True
-                yield chunk({"role": "assistant", "content": ""})
-            if output.text:
-                yield chunk({"content": output.text})
+        async for index, output in outputs:
+            if index not in begun:
+                begun.add(index)
+                yield chunk(index, {"role": "assistant", "content": ""})
+            if output.logprobs is not None:
+                logprobs = chat_logprobs(generation.engine.tokenizer, output.token_ids, output.logprobs)
+                yield chunk(index, {"content": output.text}, logprobs=logprobs)
+            elif output.text:
+                yield chunk(index, {"content": output.text})
             if output.finish_reason is not None:
                 stages = {} if output.stages_s is None else {"stages_s": output.stages_s}
-                yield chunk({}, output.finish_reason, **stages)
+                yield chunk(index, {}, finish_reason=output.finish_reason, **stages)
     if with_usage:
         yield event({**start, "choices": [], "usage": generation.usage()})
     yield DONE

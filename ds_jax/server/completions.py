@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 
 from ds_jax.errors import RequestError
 from ds_jax.server.generation import Generation, check_model, collect, fitted, head, renamed, tokenized
+from ds_jax.server.logprobs import CompletionLogprobs, prompt_logprobs
 from ds_jax.server.schemas import CompletionRequest
 from ds_jax.server.streaming import DONE, EventStream, event, unless_hung_up
 
@@ -40,27 +41,43 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         return EventStream(_events(generation, start, with_usage))
     choices = await unless_hung_up(request.receive, collect(generation))
-    answers = [
-        _choice(index, choice.text, choice.finish_reason, choice.stages_s) for index, choice in enumerate(choices)
-    ]
+    answers = []
+    for index, choice in enumerate(choices):
+        scores = None
+        if choice.logprobs is not None:
+            scores = CompletionLogprobs(engine.tokenizer).push(choice.token_ids, choice.logprobs)
+        answers.append(_choice(index, choice.text, choice.finish_reason, choice.stages_s, scores))
+        prompt, first = prompts[index // params.n], choices[index - index % params.n]
+        if first.prompt_logprobs is not None:
+            answers[-1]["prompt_logprobs"] = prompt_logprobs(engine.tokenizer, prompt, first.prompt_logprobs)
     return JSONResponse({**start, "choices": answers, "usage": generation.usage()})
 
 
 async def _events(generation: Generation, start: dict[str, Any], with_usage: bool) -> AsyncGenerator[bytes, None]:
     if with_usage:
         start = {**start, "usage": None}
+    scores = [CompletionLogprobs(generation.engine.tokenizer) for _ in range(generation.choices)]
     async with aclosing(generation.outputs()) as outputs:
         async for index, output in outputs:
-            if output.text or output.finish_reason is not None:
-                choice = _choice(index, output.text, output.finish_reason, output.stages_s)
+            if output.text or output.finish_reason is not None or output.logprobs is not None:
+                found = None
+                if output.logprobs is not None:
+                    found = scores[index].push(output.token_ids, output.logprobs)
+                choice = _choice(index, output.text, output.finish_reason, output.stages_s, found)
                 yield event({**start, "choices": [choice]})
     if with_usage:
         yield event({**start, "choices": [], "usage": generation.usage()})
     yield DONE
 
 
-def _choice(index: int, text: str, finish_reason: str | None, stages_s: dict[str, float] | None) -> dict[str, Any]:
-    choice = {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+def _choice(
+    index: int,
+    text: str,
+    finish_reason: str | None,
+    stages_s: dict[str, float] | None,
+    logprobs: dict[str, Any] | None,
+) -> dict[str, Any]:
+    choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
     return choice if stages_s is None else {**choice, "stages_s": stages_s}
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from ds_jax.errors import RequestError
-from ds_jax.sampling import SamplingParams
+from ds_jax.sampling import SamplingParams, TokenLogprobs
 from ds_jax.server.errors import GenerationFailed, ModelNotFound, shown
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ class Generation:
     output_tokens: int = 0
 
     async def outputs(self) -> AsyncGenerator[tuple[int, Output], None]:
-        """Outputs as they come, each with the number of its prompt. Closing it aborts what still runs.
+        """Outputs as they come, each with the number of its choice: the first prompt's come first. Closing it aborts
+        what still runs.
 
         Raises:
             RequestError, Overloaded, Draining: as `AsyncEngine.generate`, for any of the prompts.
@@ -47,7 +48,12 @@ class Generation:
                 if output.finish_reason == "error":
                     raise GenerationFailed(output.error or "the engine gave the request up")
                 self.output_tokens += len(output.token_ids)
-                yield index, output
+                yield index * self.params[index].n + output.index, output
+
+    @property
+    def choices(self) -> int:
+        """Outputs of all prompts."""
+        return sum(params.n for params in self.params)
 
     async def _stream(self, index: int) -> AsyncGenerator[Output, None]:
         generate = cast("AsyncGenerator[Output, None]", self.engine.generate(self.prompts[index], self.params[index]))
@@ -70,21 +76,32 @@ class Generation:
 
 @dataclass
 class Choice:
-    """All outputs of one prompt, put together."""
+    """One output of a prompt, put together."""
 
     text: str = ""
     finish_reason: str | None = None
     stages_s: dict[str, float] | None = None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Of the prompt, told with the first of its outputs."""
 
 
 async def collect(generation: Generation) -> list[Choice]:
     """Wait for all outputs of all prompts."""
-    texts: list[list[str]] = [[] for _ in generation.prompts]
-    choices = [Choice() for _ in generation.prompts]
+    choices = [Choice() for _ in range(generation.choices)]
+    texts: list[list[str]] = [[] for _ in choices]
     async with aclosing(generation.outputs()) as outputs:
         async for index, output in outputs:
+            choice = choices[index]
             texts[index].append(output.text)
-            choices[index].finish_reason, choices[index].stages_s = output.finish_reason, output.stages_s
+            choice.finish_reason, choice.stages_s = output.finish_reason, output.stages_s
+            choice.token_ids += output.token_ids
+            if output.logprobs is not None:
+                choice.logprobs = choice.logprobs or []
+                choice.logprobs += output.logprobs
+            if output.prompt_logprobs is not None:
+                choice.prompt_logprobs = output.prompt_logprobs
     for choice, parts in zip(choices, texts, strict=True):
         choice.text = "".join(parts)
     return choices
@@ -105,9 +122,16 @@ def check_model(engine: AsyncEngine, name: str | None) -> None:
 def fitted(
     engine: AsyncEngine, params: SamplingParams, prompts: Sequence[list[int]], default: int | None
 ) -> list[SamplingParams]:
-    """The parameters for each prompt of a request that leaves max_tokens out: `default`, or what the model has left."""
+    """The parameters for each prompt of a request that leaves max_tokens out: `default`, or what the model has left.
+
+    Raises:
+        RequestError: that is less than min_tokens.
+    """
     room = [max(1, engine.max_model_len - len(prompt)) for prompt in prompts]
-    return [replace(params, max_tokens=left if default is None else min(default, left)) for left in room]
+    try:
+        return [replace(params, max_tokens=left if default is None else min(default, left)) for left in room]
+    except ValueError as error:
+        raise RequestError(str(error), "min_tokens") from error
 
 
 def renamed(error: RequestError, names: Mapping[str, str], index: int | None = None) -> RequestError:

@@ -20,15 +20,9 @@ MAX_STOP_CHARACTERS = 4096
 
 _NOT_YET: dict[str, tuple[object, ...]] = {
     # OpenAI
-    "n": (1,),
     "best_of": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (),
     "echo": (False,),
     "suffix": ("",),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -37,18 +31,13 @@ _NOT_YET: dict[str, tuple[object, ...]] = {
     "modalities": (["text"],),
     "audio": (),
     # vLLM
-    "min_p": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
     "use_beam_search": (False,),
-    "min_tokens": (0,),
-    "stop_token_ids": ([],),
     "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
     "bad_words": ([],),
     "allowed_token_ids": (),
     "logits_processors": ([],),
-    "prompt_logprobs": (False,),
     "prompt_embeds": (),
     "truncate_prompt_tokens": (),
     "return_token_ids": (False,),
@@ -59,6 +48,17 @@ _NOT_YET: dict[str, tuple[object, ...]] = {
     "guided_grammar": (),
 }
 """Fields that are known and not supported yet, with the values that ask for nothing (null does so, too)."""
+
+_AS_GIVEN = (
+    "n",
+    "presence_penalty",
+    "frequency_penalty",
+    "min_p",
+    "repetition_penalty",
+    "min_tokens",
+    "prompt_logprobs",
+)
+"""Fields that mean what SamplingParams means by them."""
 
 _NOT_YET_IN_COMPLETIONS = _NOT_YET | {"add_special_tokens": (True,)}
 _NOT_YET_IN_CHAT = _NOT_YET | {
@@ -116,8 +116,22 @@ class GenerationRequest(BaseModel):
     """vLLM's: 0 or -1 keeps all tokens."""
     seed: int | None = None
     stop: Stop = None
+    n: int | None = None
+    """Choices for each prompt."""
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    """Token id, written as a string -> what is added to its logit."""
+    min_p: float | None = None
+    """vLLM's, as all that follow: keep tokens of at least this share of the largest probability."""
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    """Tokens that come before any end or stop token can."""
+    stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
-    """vLLM's: go on past the model's end token."""
+    """Go on past the model's end token."""
+    prompt_logprobs: int | None = None
+    """Log-probabilities of the prompt's tokens, and of so many of the likeliest in their places."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -133,6 +147,16 @@ class GenerationRequest(BaseModel):
                 raise RequestError(f"{field} = {shown(value)} is not supported yet, only {supported}", field)
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only allowed with stream = true", "stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestError("prompt_logprobs is only allowed without stream", "prompt_logprobs")
+
+    def top_tokens(self) -> int | None:
+        """How many of the likeliest tokens to tell at each place; None if no log-probabilities are asked for.
+
+        Raises:
+            RequestError: fields that do not fit together.
+        """
+        return None
 
     def sampling(self, max_tokens: int) -> SamplingParams:
         """Our sampling parameters; what the request leaves out is as in the OpenAI API.
@@ -146,6 +170,8 @@ class GenerationRequest(BaseModel):
         longest = max(map(len, stop), default=0)
         if longest > MAX_STOP_CHARACTERS:
             raise RequestError(f"stop has a string of {longest} characters; the limit is {MAX_STOP_CHARACTERS}", "stop")
+        given = {field: getattr(self, field) for field in _AS_GIVEN if getattr(self, field) is not None}
+        biases, top_tokens = _biases(self.logit_bias or {}), self.top_tokens()
         try:
             return SamplingParams(
                 max_tokens=max_tokens,
@@ -155,6 +181,10 @@ class GenerationRequest(BaseModel):
                 seed=self.seed,
                 stop=tuple(stop),
                 ignore_eos=bool(self.ignore_eos),
+                logit_bias=biases,
+                stop_token_ids=tuple(self.stop_token_ids or ()),
+                logprobs=top_tokens,
+                **given,
             )
         except ValueError as error:
             raise RequestError(str(error), str(error).split(" = ")[0]) from error
@@ -164,6 +194,11 @@ class CompletionRequest(GenerationRequest):
     """Body of POST /v1/completions."""
 
     prompt: Prompts
+    logprobs: int | None = None
+    """Log-probabilities of the tokens, and of so many of the likeliest in their places."""
+
+    def top_tokens(self) -> int | None:
+        return self.logprobs
 
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts, one or many, as a list.
@@ -198,10 +233,25 @@ class ChatRequest(GenerationRequest):
     messages: list[Message]
     max_completion_tokens: int | None = None
     """OpenAI's newer name of max_tokens; goes before it."""
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    """How many of the likeliest tokens to tell at each place, with logprobs = true."""
+
+    def top_tokens(self) -> int | None:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs is only allowed with logprobs = true", "top_logprobs")
+        return self.top_logprobs or 0 if self.logprobs else None
 
     def check(self) -> None:
         """Raises: RequestError."""
         self.refuse_unsupported(_NOT_YET_IN_CHAT)
+
+
+def _biases(given: dict[str, float]) -> dict[int, float]:
+    for token in given:
+        if not (token.isascii() and token.isdigit()):
+            raise RequestError(f"logit_bias has {shown(token)}, which is no token id", "logit_bias")
+    return {int(token): bias for token, bias in given.items()}
 
 
 def _same(value: object, neutral: object) -> bool:

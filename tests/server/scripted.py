@@ -7,11 +7,11 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import uvicorn
 
+from ds_jax.async_engine import Output
 from ds_jax.errors import Draining, RequestError
 from ds_jax.sampling import SamplingParams
 from ds_jax.server.app import create_app
@@ -19,23 +19,11 @@ from ds_jax.server.serve import listen, url
 from ds_jax.text import Tokenizer
 from tests.text.tokenizers_for_tests import byte_level
 
-
-@dataclass(frozen=True)
-class Output:
-    """As ds_jax.async_engine.Output."""
-
-    token_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str | None = None
-    stages_s: dict[str, float] | None = None
-    error: str | None = None
-
-
 HELLO = [
-    Output([5], "Hel"),
-    Output([6], ""),
-    Output([7], "lö 🦊"),
-    Output([8], "", "stop", {"prefill_queueing": 0.5}),
+    Output(0, [5], "Hel"),
+    Output(0, [6], ""),
+    Output(0, [7], "lö 🦊"),
+    Output(0, [8], "", "stop", {"prefill_queueing": 0.5}),
 ]
 
 

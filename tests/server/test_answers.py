@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from ds_jax.async_engine import Output
+from ds_jax.sampling import TokenLogprobs
 from tests.server.client import CHAT, COMPLETIONS, TEXT, USER, Client, error_of
 
 both = pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
@@ -100,6 +103,101 @@ def test_sampling_parameters_reach_the_engine(client: Client) -> None:
     client.ask(CHAT, stop="a", max_completion_tokens=4, max_tokens=5)
     params = client.engine.calls[1][1]
     assert params.stop == ("a",) and params.max_tokens == 4 and params.temperature == 1.0
+
+
+@both
+def test_penalties_and_what_goes_with_them_reach_the_engine(client: Client, path: str) -> None:
+    fields = {"presence_penalty": -1, "frequency_penalty": 0.5, "repetition_penalty": 1.2, "min_p": 0.1, "n": 1}
+    fields |= {"min_tokens": 2, "stop_token_ids": [7, 8], "logit_bias": {"5": 1, "6": -2.5}, "prompt_logprobs": 3}
+    assert client.ask(path, **fields).status_code == 200
+    params = client.engine.calls[0][1]
+    assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (-1, 0.5, 1.2)
+    assert (params.min_p, params.min_tokens, params.stop_token_ids) == (0.1, 2, (7, 8))
+    assert params.logit_bias == ((5, 1), (6, -2.5)) and params.prompt_logprobs == 3 and params.logprobs is None
+
+
+def test_choices_are_counted_prompt_by_prompt(client: Client) -> None:
+    client.engine.script = [
+        Output(1, [5], "b"),
+        Output(0, [5], "a", "stop"),
+        Output(1, [5], "c", "length"),
+    ]
+    answer = client.ask(COMPLETIONS, prompt=["x", "y"], n=2).json()
+    assert [(one["index"], one["text"], one["finish_reason"]) for one in answer["choices"]] == [
+        (0, "a", "stop"),
+        (1, "bc", "length"),
+        (2, "a", "stop"),
+        (3, "bc", "length"),
+    ]
+    assert answer["usage"]["completion_tokens"] == 6
+    answer = client.ask(CHAT, n=2).json()
+    assert [(one["index"], one["message"]["content"]) for one in answer["choices"]] == [(0, "a"), (1, "bc")]
+    *chunks, _ = client.events(CHAT, n=2)
+    texts = ["", ""]
+    for chunk in chunks:
+        [choice] = chunk["choices"]
+        texts[choice["index"]] += choice["delta"].get("content", "")
+    assert texts == ["a", "bc"]
+    assert [chunk["choices"][0]["delta"].get("role") for chunk in chunks].count("assistant") == 2
+
+
+def scored(client: Client) -> list[int]:
+    """A script of three tokens, two of which make one character; each with the two likeliest."""
+    first, *rest = client.engine.tokenizer.encode("aλ", add_special_tokens=False)
+    assert len(rest) == 2
+    tops = [((first, -0.1), (rest[0], -3.0)), ((9, -0.5), (first, -2.0)), ((rest[1], -0.2), (first, -2.5))]
+    values = [TokenLogprobs(-0.1, tops[0]), TokenLogprobs(-4.0, tops[1]), TokenLogprobs(-0.2, tops[2])]
+    client.engine.script = [
+        Output(0, [first], "a", logprobs=values[:1], prompt_logprobs=[TokenLogprobs(-1.5, ((first, -0.5),))]),
+        Output(0, rest[:1], "", logprobs=values[1:2]),
+        Output(0, rest[1:], "λ", "length", logprobs=values[2:]),
+    ]
+    return [first, *rest]
+
+
+def test_logprobs_of_a_completion_have_openais_shape(client: Client) -> None:
+    scored(client)
+    [choice] = client.ask(COMPLETIONS, prompt=[5, 6], logprobs=2, prompt_logprobs=1).json()["choices"]
+    nine = client.engine.tokenizer.decode([9])
+    assert choice["logprobs"] == {
+        "tokens": ["a", "bytes:\\xce", "bytes:\\xbb"],
+        "token_logprobs": [-0.1, -4.0, -0.2],
+        "text_offset": [0, 1, 1],
+        "top_logprobs": [
+            {"a": -0.1, "bytes:\\xce": -3.0},
+            {nine: -0.5, "a": -2.0, "bytes:\\xce": -4.0},
+            {"bytes:\\xbb": -0.2, "a": -2.5},
+        ],
+    }
+    a, six = client.engine.calls[0][0], client.engine.tokenizer.pieces[6].decode()
+    assert a == [5, 6]
+    first, own = choice["prompt_logprobs"]
+    assert first is None and own["6"] == {"logprob": -1.5, "decoded_token": six} and len(own) == 2
+    *chunks, _ = client.events(COMPLETIONS, prompt=[5, 6], logprobs=2)
+    for field in choice["logprobs"]:
+        pieces = [chunk["choices"][0]["logprobs"][field] for chunk in chunks]
+        assert [one for piece in pieces for one in piece] == choice["logprobs"][field]
+
+
+def test_logprobs_of_a_chat_have_openais_shape(client: Client) -> None:
+    scored(client)
+    client.engine.script[0] = replace(client.engine.script[0], prompt_logprobs=None)
+    [choice] = client.ask(CHAT, logprobs=True, top_logprobs=2).json()["choices"]
+    content = choice["logprobs"]["content"]
+    assert choice["message"]["content"] == "aλ" and choice["logprobs"]["refusal"] is None
+    assert content[0] == {
+        "token": "a",
+        "logprob": -0.1,
+        "bytes": [97],
+        "top_logprobs": [
+            {"token": "a", "logprob": -0.1, "bytes": [97]},
+            {"token": "bytes:\\xce", "logprob": -3.0, "bytes": [0xCE]},
+        ],
+    }
+    assert [one["bytes"] for one in content] == [[97], [0xCE], [0xBB]]
+    *chunks, _ = client.events(CHAT, logprobs=True, top_logprobs=2)
+    pieces = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert [one for piece in pieces if piece for one in piece["content"]] == content
 
 
 def test_without_max_tokens_completions_get_16_and_chats_what_is_left(client: Client) -> None:

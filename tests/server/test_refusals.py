@@ -18,14 +18,11 @@ both = pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2),
-        ("logprobs", True),
+        ("best_of", 2),
+        ("echo", True),
         ("tools", [{"type": "function"}]),
         ("response_format", {"type": "json_object"}),
-        ("frequency_penalty", 0.5),
-        ("logit_bias", {"5": 1}),
-        ("min_p", 0.1),
-        ("stop_token_ids", [5]),
+        ("allowed_token_ids", [5]),
     ],
 )
 def test_what_is_not_supported_yet_is_refused_by_name(client: Client, path: str, field: str, value: Any) -> None:
@@ -51,6 +48,15 @@ def test_what_is_not_supported_yet_is_refused_by_name(client: Client, path: str,
         ("top_p", 1.1, "top_p = 1.1"),
         ("top_k", -2, "top_k = -2"),
         ("seed", 2**64, "seed = "),
+        ("n", 0, "n = 0 must be"),
+        ("presence_penalty", 2.1, "presence_penalty = 2.1 must be a number from -2 to 2"),
+        ("frequency_penalty", "much", "number"),
+        ("repetition_penalty", 0, "repetition_penalty = 0"),
+        ("min_p", -0.1, "min_p = -0.1"),
+        ("logit_bias", {"fox": 1}, "logit_bias has 'fox', which is no token id"),
+        ("logit_bias", [1], "dictionary"),
+        ("min_tokens", -1, "min_tokens = -1"),
+        ("prompt_logprobs", 21, "prompt_logprobs = 21 must be a whole number from 0 to 20"),
         ("stop", 5, "stop = 5 is refused: must be a string or a list of strings"),
         ("stop", ["a", 5], "list of strings"),
         ("stop", [""], "non-empty"),
@@ -65,6 +71,27 @@ def test_a_wrong_value_is_refused_by_field_value_and_limit(
 ) -> None:
     error = client.refused(path, **{field: value})
     assert error["param"] == field and part in error["message"], error
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param", "part"),
+    [
+        (COMPLETIONS, {"logprobs": 21}, "logprobs", "logprobs = 21 must be a whole number from 0 to 20"),
+        (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "top_logprobs = 21 must be a whole number"),
+        (CHAT, {"top_logprobs": 2}, "top_logprobs", "only allowed with logprobs = true"),
+        (CHAT, {"logprobs": 2}, "logprobs", "boolean"),
+        (CHAT, {"stop_token_ids": [5, "a"]}, "stop_token_ids[1]", "integer"),
+        (CHAT, {"min_tokens": 64}, "min_tokens", "min_tokens = 64 must be at most max_tokens = "),
+        (COMPLETIONS, {"min_tokens": 17}, "min_tokens", "min_tokens = 17 must be at most max_tokens = 16"),
+        (COMPLETIONS, {"logit_bias": {"5": 101}}, "logit_bias[5]", "logit_bias[5] = 101"),
+        (COMPLETIONS, {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "only allowed without stream"),
+    ],
+)
+def test_fields_that_do_not_fit_are_refused(
+    client: Client, path: str, fields: dict[str, Any], param: str, part: str
+) -> None:
+    error = client.refused(path, **fields)
+    assert error["param"] == param and part in error["message"], error
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ SCRIPTED = """
 from ds_jax.server import serve
 from tests.server.scripted import ScriptedEngine, Output
 engine = ScriptedEngine()
-engine.script, engine.pause_s = [Output([5], "a")] * 40 + [Output([5], "", "length")], 0.05
+engine.script, engine.pause_s = [Output(0, [5], "a")] * 40 + [Output(0, [5], "", "length")], 0.05
 serve.run(engine, "127.0.0.1", 0)
 """
 REAL = [

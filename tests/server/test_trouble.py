@@ -20,7 +20,7 @@ def test_errors_before_the_first_token_have_a_status_also_in_streams(client: Cli
     cases: list[tuple[Any, int, str]] = [
         (Overloaded("1024 requests are waiting already", 2.5), 429, "3"),
         (Draining("the server is shutting down"), 503, "1"),
-        (Output([], "", "error", None, "the pool is gone"), 500, ""),
+        (Output(0, [], "", "error", None, "the pool is gone"), 500, ""),
         (RuntimeError("a secret detail"), 500, ""),
     ]
     for failure, status, retry_after in cases:
@@ -33,7 +33,7 @@ def test_errors_before_the_first_token_have_a_status_also_in_streams(client: Cli
 
 @both
 def test_an_error_within_a_stream_is_its_last_event(client: Client, path: str) -> None:
-    for failure in (Output([], "", "error", None, "the pool is gone"), RuntimeError("a secret detail")):
+    for failure in (Output(0, [], "", "error", None, "the pool is gone"), RuntimeError("a secret detail")):
         client.engine.script = [HELLO[0], failure]
         *_, last = client.events(path)
         assert set(last) == {"error"} and "secret" not in last["error"]["message"]
@@ -63,7 +63,7 @@ def test_a_client_that_hangs_up_aborts_its_request(client: Client, path: str, st
 
 
 def test_a_client_that_stops_reading_and_hangs_up_aborts_its_request(client: Client) -> None:
-    client.engine.script, client.engine.forever = [Output([5], "x" * 100_000)], True
+    client.engine.script, client.engine.forever = [Output(0, [5], "x" * 100_000)], True
     with client.raw(COMPLETIONS, {"prompt": "a", "stream": True}):
         until(lambda: client.engine.running == 1)
         time.sleep(0.2)  # buffers are full now, the server waits for us
