@@ -24,6 +24,12 @@ hypothesis.settings.register_profile("long", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile("ci")  # --hypothesis-profile=long looks further, at other examples each time
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What tests/engine/test_goldens.py can be asked for beside what it does every time."""
+    parser.addoption("--every-placement", action="store_true", help="serve every golden at every placement")
+    parser.addoption("--goldens", type=Path, help="a folder of others, made by tests/goldens/make_goldens.py")
+
+
 def _gpu_tests_are_asked_for(config: pytest.Config) -> bool:
     return str(config.getoption("markexpr", "")).strip() == "gpu"
 

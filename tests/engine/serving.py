@@ -22,9 +22,11 @@ def config_for(
     pages: int = 48,
     max_model_len: int = 96,
     slots: int = 8,
+    page_size: int = 8,
+    token_buckets: tuple[int, ...] = (16, 64),
     log_capacity: int = 0,
 ) -> Config:
-    """Two prefill programs, pages of 8 tokens."""
+    """Two prefill programs and pages of 8 tokens, unless told otherwise."""
     return Config(
         model=ModelConfig(path=str(case.folder), dtype="float32", max_model_len=max_model_len),
         prefill=PrefillConfig(
@@ -33,10 +35,10 @@ def config_for(
             max_step_tokens=64,
             max_step_sequences=4,
             saturation_tokens=32,
-            token_buckets=(16, 64),
+            token_buckets=token_buckets,
         ),
         decode=DecodeConfig(instances=decode_instances, tp=decode_tp, slots=slots),
-        cache=CacheConfig(page_size=8, num_pages=pages),
+        cache=CacheConfig(page_size=page_size, num_pages=pages),
         engine=EngineConfig(compilation_cache="", log_capacity=log_capacity),
     )
 

@@ -36,14 +36,16 @@ class Golden:
     """One checkpoint folder with the oracle's answers."""
 
     name: str
+    beside: Path = HERE
+    """The folder in which it lies."""
 
     @property
     def folder(self) -> Path:
-        return HERE / self.name
+        return self.beside / self.name
 
     @property
     def npz(self) -> Path:
-        return HERE / f"{self.name}.npz"
+        return self.beside / f"{self.name}.npz"
 
     def answers(self) -> list[Answer]:
         with np.load(self.npz) as arrays:
@@ -58,4 +60,9 @@ class Golden:
             ]
 
 
-CASES = tuple(Golden(file.stem) for file in sorted(HERE.glob("*.npz")))
+def goldens_in(folder: Path) -> tuple[Golden, ...]:
+    """What make_goldens.py has written there."""
+    return tuple(Golden(file.stem, folder) for file in sorted(folder.glob("*.npz")))
+
+
+CASES = goldens_in(HERE)

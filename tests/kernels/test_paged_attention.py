@@ -20,13 +20,14 @@ SIDE_BY_SIDE = {"scale": SCALE, "over": platforms.side_by_side}
 """What the XLA forms do elsewhere than on the CPU."""
 
 
-def forms_of(package, parallel):
-    forms = {name: functools.partial(package.attend, scale=SCALE, backend=name) for name in package.FORMS}
-    return {name: jax.jit(form) for name, form in {**forms, "xla side by side": parallel}.items()}
+def forms_of(package, parallel, **options):
+    forms = {name: functools.partial(package.attend, scale=SCALE, backend=name, **options) for name in package.FORMS}
+    forms["xla side by side"] = functools.partial(parallel, **SIDE_BY_SIDE, **options)
+    return {name: jax.jit(form) for name, form in forms.items()}
 
 
-DECODE = forms_of(paged_decode_attention, functools.partial(paged_decode_attention.xla.over_sequences, **SIDE_BY_SIDE))
-PREFILL = forms_of(paged_prefill_attention, functools.partial(paged_prefill_attention.xla.over_heads, **SIDE_BY_SIDE))
+DECODE = forms_of(paged_decode_attention, paged_decode_attention.xla.over_sequences)
+PREFILL = forms_of(paged_prefill_attention, paged_prefill_attention.xla.over_heads)
 DECODE_FORMS = [name for name in DECODE if name != "definition"]
 PREFILL_FORMS = [name for name in PREFILL if name != "definition"]
 WRITE_FORMS = [name for name in kv_write.FORMS if name != "definition"]
@@ -47,19 +48,20 @@ def owned_pages(seed: int, lengths: list[int]) -> np.ndarray:
     return table
 
 
-def spoiled(pool: np.ndarray, table: np.ndarray, lengths: list[int]) -> np.ndarray:
-    """The pool with NaN wherever none of the sequences has a token."""
+def spoiled(pool: np.ndarray, table: np.ndarray, lengths: list[int], firsts: list[int] | None = None) -> np.ndarray:
+    """The pool with NaN wherever none of the sequences has a token, or one before its first that matters."""
     held = np.zeros((PAGES, PAGE), bool)
     for row, length in enumerate(lengths):
-        for i in range(length):
+        for i in range(firsts[row] if firsts else 0, length):
             held[table[row, i // PAGE], i % PAGE] = True
     return np.where(held[:, None, :, None], pool, np.nan).astype(pool.dtype)
 
 
-def plain(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+def plain(q: np.ndarray, k: np.ndarray, v: np.ndarray, cap: float | None = None) -> np.ndarray:
     """softmax(scale q K^T) V of one query [H, D] over keys [S, K, D], in float64."""
     k, v = (np.repeat(x.astype(np.float64), len(q) // x.shape[1], axis=1) for x in (k, v))
     scores = np.einsum("hd,shd->hs", q.astype(np.float64), k) * SCALE
+    scores = scores if cap is None else cap * np.tanh(scores / cap)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return np.einsum("hs,shd->hd", weights / weights.sum(-1, keepdims=True), v)
 
@@ -89,6 +91,49 @@ def test_the_definition_of_prefill_attention_lets_each_token_see_what_stands_bef
     seen = np.array([1, 2, 3, 5, 6])
     np.testing.assert_allclose(out[:5], DECODE["definition"](q[:5], k_pages, v_pages, table[rows], seen), atol=1e-6)
     np.testing.assert_array_equal(out[5:], 0)
+
+
+@pytest.mark.parametrize(("window", "cap"), [(1, None), (5, 1.5)])
+def test_with_a_window_a_token_sees_the_last_ones_and_a_cap_bounds_its_scores(window: int, cap: float | None):
+    k_pages, v_pages = random_pool(3, 2, 8)
+    lengths = [9, 0, 4, 24]
+    firsts = [max(0, length - window) for length in lengths]
+    table = owned_pages(4, lengths)
+    q = np.random.default_rng(5).normal(size=(4, 4, 8)).astype(np.float32)
+    expected = np.zeros((4, 4, 8))
+    for row, (first, length) in enumerate(zip(firsts, lengths, strict=True)):
+        at = [(table[row, i // PAGE], slice(None), i % PAGE) for i in range(first, length)]
+        if at:
+            expected[row] = plain(q[row], np.stack([k_pages[i] for i in at]), np.stack([v_pages[i] for i in at]), cap)
+    dirty = [spoiled(pool, table, lengths, firsts) for pool in (k_pages, v_pages)]
+    forms = forms_of(paged_decode_attention, paged_decode_attention.xla.over_sequences, window=window, soft_cap=cap)
+    for form in forms.values():
+        np.testing.assert_allclose(form(q, *dirty, table, np.array(lengths)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("window", "cap"), [(5, 1.5), (150, None)])
+def test_prefill_with_a_window_equals_its_definition(window: int, cap: float | None):
+    """Chunks longer than a block of keys, so that blocks before the window are left out."""
+    random = np.random.default_rng(0)
+    lengths, contexts = np.array([300, 1, 30]), np.array([0, 129, 200])
+    starts = np.cumsum(lengths) - lengths
+    pages = random.permutation(64)
+    table = np.full((3, 24), -1, np.int32)
+    for row, used in enumerate(-(-(lengths + contexts) // 16)):
+        table[row, :used], pages = pages[:used], pages[used:]
+    k_pages, v_pages = random.normal(size=(2, 64, 2, 16, 8)).astype(np.float32)
+    for row, context in enumerate(contexts):
+        # Pages that no token of the chunk sees may have been given away.
+        for page in range(max(0, context - window + 1) // 16):
+            k_pages[table[row, page]] = v_pages[table[row, page]] = np.nan
+    q = random.normal(size=(352, 4, 8)).astype(np.float32)
+    options = {"window": window, "soft_cap": cap}
+    forms = forms_of(paged_prefill_attention, paged_prefill_attention.xla.over_heads, **options)
+    expected = forms.pop("definition")(q, k_pages, v_pages, table, starts, lengths, contexts)
+    assert not np.any(np.isnan(expected))
+    for form in forms.values():
+        out = form(q, k_pages, v_pages, table, starts, lengths, contexts)
+        np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("form", DECODE_FORMS)

@@ -175,7 +175,7 @@ def test_a_tensor_of_an_unsupported_type_is_refused(single: Path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"architectures": ["BertModel"]}, ("BertModel", "known are GPT2LMHeadModel (gpt2), ")),
+        ({"architectures": ["BertModel"]}, ("BertModel", "known are Gemma2ForCausalLM (gemma2), ")),
         ({"quantization_config": {"quant_method": "gptq"}}, ("quantised (gptq)",)),
         ({"dtype": "float8_e4m3fn"}, ("dtype = 'float8_e4m3fn'", "float32, bfloat16, float16")),
         ({"eos_token_id": ["x"]}, ("eos_token_id = ['x']",)),

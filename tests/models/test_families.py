@@ -28,6 +28,15 @@ LLAMA = {
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
 }
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 1000,
+    "n_embd": 64,
+    "n_layer": 3,
+    "n_head": 8,
+    "n_positions": 256,
+}
+GEMMA = {**LLAMA, "architectures": None, "head_dim": 10, "sliding_window": 32, "num_hidden_layers": 8}
 OPT = {
     "architectures": ["OPTForCausalLM"],
     "model_type": "opt",
@@ -39,6 +48,40 @@ OPT = {
     "max_position_embeddings": 256,
     "word_embed_proj_dim": 64,
 }
+
+
+def of(model_type: str, config: dict = LLAMA, **fields: object) -> dict:
+    return {**config, "architectures": None, "model_type": model_type, **fields}
+
+
+def windows(config: dict) -> list[int | None]:
+    arch = architecture_of(config)
+    return [arch.kind(layer).window for layer in range(arch.num_layers)]
+
+
+def test_a_window_is_there_where_the_family_and_its_config_say():
+    assert windows(of("llama", sliding_window=8)) == [None] * 3
+    assert windows(of("mistral", sliding_window=8)) == [8] * 3
+    assert windows(of("mistral", sliding_window=None)) == [None] * 3
+    assert windows(of("mistral")) == [4096] * 3
+    assert windows(of("mixtral")) == [None] * 3
+    assert windows(of("qwen2", sliding_window=8)) == [None] * 3
+    assert windows(of("qwen3", sliding_window=8, use_sliding_window=True, max_window_layers=2)) == [None, None, 8]
+    assert windows(of("gemma2", GEMMA)) == [32, None] * 4
+    assert windows(of("gemma3_text", GEMMA)) == [32, 32, 32, 32, 32, None, 32, 32]
+    assert windows(of("gemma2", GEMMA, layer_types=["full_attention"] * 7 + ["sliding_attention"]))[6:] == [None, 32]
+
+
+def test_gemma_3_turns_heads_in_its_two_kinds_of_layers_differently_in_old_and_new_files():
+    old = of("gemma3_text", GEMMA, rope_theta=5e5, rope_local_base_freq=2e4)
+    old["rope_scaling"] = {"rope_type": "linear", "factor": 8.0}
+    full = {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5}
+    new = of("gemma3_text", GEMMA, rope_parameters={"full_attention": full, "sliding_attention": {"rope_theta": 2e4}})
+    for config in (old, new):
+        arch = architecture_of(config)
+        assert arch.kind(0) == LayerKind(32, 2e4)
+        assert arch.kind(5) == LayerKind(None, 5e5, LinearScaling(8.0))
+    assert architecture_of(of("gemma3_text", GEMMA)).kind(5).rope_theta == 1e6
 
 
 def test_fields_of_a_llama_config_are_read_with_the_defaults_of_transformers():
@@ -87,6 +130,16 @@ def test_opt_has_two_rows_before_position_0_and_ties_its_embeddings_unless_told_
         ({**LLAMA, "hidden_act": "mish"}, "hidden_act = 'mish' is not supported; known are silu"),
         ({**LLAMA, "num_key_value_heads": 3}, "num_heads = 8 must be divisible by num_kv_heads = 3"),
         ({**LLAMA, "head_dim": 7}, "head_dim = 7 must be even"),
+        (of("llama", rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor = 0.5 is not supported"),
+        (of("qwen3_moe", mlp_only_layers=[0]), r"mlp_only_layers = \[0\] is not supported; it must be \[\]"),
+        (of("mixtral", num_experts_per_tok=9), "experts.per_token = 9 must be from 1 to experts.count = 8"),
+        (of("gemma2", GEMMA, layer_types=["full_attention"]), "layer_types has 1 entries for num_hidden_layers = 8"),
+        (
+            of("qwen2", layer_types=["linear_attention"] * 3),
+            "layer_types has 'linear_attention', which is not supported",
+        ),
+        (of("gemma3_text", GEMMA, use_bidirectional_attention=True), "use_bidirectional_attention = True is not"),
+        ({**GPT2, "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True is not supported"),
         ({**OPT, "enable_bias": False}, "enable_bias = false is not supported"),
         ({**OPT, "hidden_size": 60}, "hidden_size = 60 must be divisible by num_attention_heads = 8"),
     ],
@@ -104,6 +157,13 @@ def test_what_is_not_supported_is_refused_in_one_sentence(config: dict, message:
         {**LLAMA, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "head_dim": 10},
         OPT,
         {**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 32, "tie_word_embeddings": False},
+        GPT2,
+        of("qwen2"),
+        of("qwen3", head_dim=10),
+        of("qwen3_moe", moe_intermediate_size=24, num_experts=6, num_experts_per_tok=2),
+        of("mixtral", num_local_experts=4),
+        of("gemma2", GEMMA),
+        of("gemma3_text", GEMMA),
     ],
 )
 def test_the_formula_counts_the_parameters_that_there_are_and_each_has_a_name(config: dict):
@@ -131,6 +191,7 @@ def test_kv_bytes_count_real_heads_only():
             "tp = 4 must divide, or be a multiple",
         ),
         ({"intermediate_size": 98}, 4, "tp = 4 does not divide the model's MLP width 98"),
+        (of("mixtral", num_local_experts=6), 4, "tp = 4 does not divide the model's 6 experts"),
     ],
 )
 def test_a_tp_that_does_not_fit_is_refused_before_anything_is_made(changes: dict, tp: int, message: str):
