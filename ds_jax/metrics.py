@@ -118,8 +118,11 @@ class _Move:
     ends: set[tuple[int, int]]
 
 
-Interval = Callable[[int, int, int, int], None]
+OnStage = Callable[[int, int, int, int], None]
 """Called with (sequence, stage, begin_ns, end_ns) for every stretch of time that is charged."""
+
+OnStep = Callable[[Step, int, int, bool], None]
+"""Called with (step, begin_ns, end_ns, done) for every step that began to run; not done: its instance was lost."""
 
 
 class StageClock:
@@ -135,11 +138,14 @@ class StageClock:
     * decode execution: from there to the end.
     """
 
-    def __init__(self, interval: Interval | None = None):
-        self._interval = interval
+    def __init__(self, on_stage: OnStage | None = None, on_step: OnStep | None = None):
+        self._on_stage = on_stage
+        self._on_step = on_step
         self._lives: dict[int, _Life] = {}
         self._lanes: dict[tuple[int, int, int], deque[Step]] = {}
         self._lane_of: dict[int, tuple[int, int, int]] = {}
+        self._began: dict[tuple[int, int, int], int] = {}
+        """Start of the step at the head of each lane."""
         self._copies: dict[int, _Move] = {}
 
     def hear(self, event: Event, commands: Iterable[Command], now_ns: int) -> None:
@@ -207,8 +213,8 @@ class StageClock:
         if now_ns > begin:
             life.stages[life.stage] += now_ns - begin
             life.since_ns = now_ns
-            if self._interval is not None:
-                self._interval(life.sequence, life.stage, begin, now_ns)
+            if self._on_stage is not None:
+                self._on_stage(life.sequence, life.stage, begin, now_ns)
 
     def _end(self, sequence: int, why: str, now_ns: int, rejected: bool = False) -> None:
         life = self._living(sequence)
@@ -226,9 +232,10 @@ class StageClock:
         lane.append(step)
         self._lane_of[step.id] = key
         if len(lane) == 1:
-            self._start(step, now_ns)
+            self._start(key, step, now_ns)
 
-    def _start(self, step: Step, now_ns: int) -> None:
+    def _start(self, key: tuple[int, int, int], step: Step, now_ns: int) -> None:
+        self._began[key] = now_ns
         lives = self._lives
         for prefill in step.prefills:
             life = self._living(prefill.sequence)
@@ -256,6 +263,8 @@ class StageClock:
         step = lane.popleft()
         if step.id != event.step:
             raise ValueError(f"step {event.step} is done before step {step.id}, which runs ahead of it on lane {key}")
+        if self._on_step is not None:
+            self._on_step(step, self._began[key], now_ns, True)
         for prefill in step.prefills:
             life = self._living(prefill.sequence)
             if life is None:
@@ -279,7 +288,7 @@ class StageClock:
             if life.output >= life.request.max_tokens:
                 self._end(sequence, "length", now_ns)
         if lane:
-            self._start(lane[0], now_ns)
+            self._start(key, lane[0], now_ns)
         else:
             del self._lanes[key]
 
@@ -312,6 +321,8 @@ class StageClock:
             steps = self._lanes.pop(key)
             for step in steps:
                 del self._lane_of[step.id]
+            if self._on_step is not None:
+                self._on_step(steps[0], self._began[key], now_ns, False)
             for sequence in [w.sequence for w in steps[0].prefills] + [w.sequence for w in steps[0].decodes]:
                 life = self._living(sequence)
                 if life is not None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ds_jax.protocol import (
     Arrived,
@@ -31,7 +31,6 @@ from ds_jax.protocol import (
     Place,
     Prefill,
     Reject,
-    Request,
     Role,
     Run,
     Step,
@@ -39,61 +38,9 @@ from ds_jax.protocol import (
     Stopped,
     pages_for,
 )
+from ds_jax.simulation.ownership import Life, Sequence, Table, Violation
 
 STEPS_PER_LANE = 2
-
-
-class Violation(AssertionError):
-    """The contract was broken; the message says by whom and how."""
-
-
-@dataclass(eq=False, slots=True)
-class Table:
-    """One sequence's pages on one life of an instance, in order of position."""
-
-    sequence: Sequence
-    life: Life
-    pages: list[int] = field(default_factory=list)
-    planned: int = 0
-    """Tokens whose KV is in the pages, or will be when what is in flight is done."""
-    written: int = 0
-    """Tokens whose KV is in the pages."""
-    unusable: str = ""
-    """Why no step or copy may name this table any more."""
-    source: Table | None = None
-    """Where a series of copies into this table comes from, until its last copy."""
-    landing: int = 0
-    """Copies into this table in flight."""
-
-
-@dataclass(eq=False, slots=True)
-class Life:
-    """One epoch of an instance."""
-
-    instance: Instance
-    holders: list[list[Table]]
-    """Of each page."""
-    pins: list[int]
-    lanes: list[deque[Step]]
-    tables: set[Table] = field(default_factory=set)
-
-
-@dataclass(eq=False, slots=True)
-class Sequence:
-    id: int
-    request: Request
-    confirmed: int = 0
-    """Output tokens that were kept."""
-    sampling: int = 0
-    """Output tokens that steps in flight will sample."""
-    steps: list[int] = field(default_factory=list)
-    """Steps in flight that name it, in the order of their commands."""
-    last: tuple[Life, int, int] | None = None
-    """Life, lane and slot (-1 for a prefill) of the step that sampled or will sample its newest token."""
-    over: bool = False
-    """It has ended, and the scheduler knows."""
-    tables: dict[int, Table] = field(default_factory=dict)
-    """Its page table on each instance."""
 
 
 @dataclass(eq=False, slots=True)
@@ -257,13 +204,7 @@ class Contract:
 
     def _over(self, sequence: Sequence) -> None:
         sequence.over = True
-        self._forget(sequence, "the sequence is over")
-
-    def _forget(self, sequence: Sequence, why: str) -> None:
-        for table in sequence.tables.values():
-            table.unusable = why
-            table.life.tables.discard(table)
-        sequence.tables.clear()
+        sequence.forget("the sequence is over")
 
     # --- commands: what a scheduler owes ------------------------------------------------------------------------------
 
@@ -327,7 +268,7 @@ class Contract:
         if prefill.start == 0:
             if sequence.steps:
                 raise Violation(f"{step}: {prefill} begins while steps of the sequence are in flight")
-            self._forget(sequence, "the sequence began anew")
+            sequence.forget("the sequence began anew")
             table = Table(sequence, life)
             life.tables.add(table)
             sequence.tables[step.instance] = table
@@ -350,13 +291,11 @@ class Contract:
             raise Violation(f"{step}: {fork} must sample, as the one before it, from {end} tokens in the same pages")
         if sequence.confirmed or sequence.steps or end != sequence.request.prompt_tokens:
             raise Violation(f"{step}: {fork} is not at its beginning")
-        self._forget(sequence, "the sequence began anew")
+        sequence.forget("the sequence began anew")
         table = Table(sequence, life, planned=end)
         life.tables.add(table)
         sequence.tables[step.instance] = table
-        for page in leader.pages:
-            life.holders[page].append(table)
-            table.pages.append(page)
+        table.join(leader.pages)
         sequence.last = (life, step.lane, -1)
         return table, pages, end, True
 
@@ -394,7 +333,7 @@ class Contract:
     def _use(
         self, step: Step, life: Life, table: Table, new: Iterable[int], end: int, samples: bool, slot: int
     ) -> tuple[Table, int, int, bool]:
-        self._give(step, life, table, new)
+        table.give(new, step)
         pages = pages_for(end, life.instance.page_size)
         if len(table.pages) < pages:
             raise Violation(f"{step}: {end} tokens of sequence {table.sequence.id} in {len(table.pages)} pages")
@@ -405,36 +344,6 @@ class Contract:
         if samples:
             table.sequence.last = (life, step.lane, slot)
         return table, pages, end, samples
-
-    def _give(self, what: Step | Copy, life: Life, table: Table, pages: Iterable[int]) -> None:
-        for page in pages:
-            if not 0 <= page < life.instance.pages:
-                raise Violation(f"{what}: page {page} of a pool of {life.instance.pages}")
-            if life.pins[page]:
-                raise Violation(f"{what}: page {page} is given away while something in flight names it")
-            if table in life.holders[page]:
-                raise Violation(f"{what}: page {page} is given twice to sequence {table.sequence.id}")
-            for before in life.holders[page]:
-                before.unusable = f"page {page} was given to sequence {table.sequence.id}"
-            life.holders[page] = [table]
-            table.pages.append(page)
-
-    def _share(self, copy: Copy, life: Life, table: Table) -> None:
-        """Pages that another sequence of the request has here: full ones of the prompt, whose KV has landed."""
-        request = table.sequence.request
-        for index, page in enumerate(copy.shared):
-            if (index + 1) * life.instance.page_size > request.prompt_tokens:
-                raise Violation(f"{copy}: page {page} is not full of the prompt, it will be written")
-            if not any(
-                held.sequence.request is request
-                and not held.unusable
-                and not held.landing
-                and held.pages[index] == page
-                for held in life.holders[page]
-            ):
-                raise Violation(f"{copy}: no sequence of the same request has page {page} as its page {index}")
-            life.holders[page].append(table)
-            table.pages.append(page)
 
     def _copy(self, copy: Copy) -> None:
         sequence = self._sequence(copy.sequence, copy)
@@ -451,7 +360,7 @@ class Contract:
             table = Table(sequence, destination, source=origin)
             destination.tables.add(table)
             sequence.tables[copy.destination.instance] = table
-            self._share(copy, destination, table)
+            table.share(copy)
         elif copy.shared:
             raise Violation(f"{copy}: only the first copy of a series shares pages")
         done, count = len(table.pages), len(copy.pages)
@@ -462,7 +371,7 @@ class Contract:
             not copy.last and covered > origin.written
         ):
             raise Violation(f"{copy}: {covered} tokens, of {origin.planned} planned and {origin.written} written")
-        self._give(copy, destination, table, [page for _, page in copy.pages])
+        table.give([page for _, page in copy.pages], copy)
         for page, landing in copy.pages:
             source.pins[page] += 1
             destination.pins[landing] += 1

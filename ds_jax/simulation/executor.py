@@ -32,8 +32,9 @@ from ds_jax.protocol import (
     Timer,
 )
 from ds_jax.recorder import Log, Recorder
-from ds_jax.simulation.contract import Contract, Violation
+from ds_jax.simulation.contract import Contract
 from ds_jax.simulation.latency import LatencyModel
+from ds_jax.simulation.ownership import Violation
 from ds_jax.workload import Submission
 
 

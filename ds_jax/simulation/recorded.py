@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Sequence
 
+from ds_jax.metrics import StageClock
 from ds_jax.protocol import (
     Arrived,
     Copy,
@@ -27,37 +28,35 @@ NEVER_NS = 2**62
 
 
 class RecordedDurations:
-    """Gives the n-th step of each (instance, epoch, lane), and the n-th copy, the duration that it has in a log."""
+    """Gives the n-th step of each (instance, epoch, lane), and the n-th copy, the duration that it has in a log.
+
+    Raises:
+        ValueError: the log has dropped entries.
+    """
 
     def __init__(self, log: Log):
         self._steps: defaultdict[tuple[int, int, int], deque[int]] = defaultdict(deque)
-        self._copies: deque[int] = deque()
-        self._read(log)
-
-    def _read(self, log: Log) -> None:
-        began: dict[int, tuple[tuple[int, int, int], int, int]] = {}
-        copied: dict[int, tuple[int, int]] = {}
-        steps: dict[tuple[int, int, int], list[int]] = defaultdict(list)
-        copies: list[int] = []
-        idle_since: dict[tuple[int, int, int], int] = {}
+        self._ran_ns: dict[int, int] = {}
+        clock = StageClock(on_step=self._on_step)
+        lanes: dict[int, tuple[int, int, int]] = {}
+        copied_at_ns: dict[int, int] = {}
+        copies: dict[int, int] = {}
         for now_ns, event, commands in log.whole():
-            if isinstance(event, StepDone) and event.step in began:
-                lane, number, run_ns = began.pop(event.step)
-                steps[lane][number] = now_ns - max(run_ns, idle_since.get(lane, run_ns))
-                idle_since[lane] = now_ns
-            elif isinstance(event, CopyDone) and event.copy in copied:
-                number, copy_ns = copied.pop(event.copy)
-                copies[number] = now_ns - copy_ns
+            clock.hear(event, commands, now_ns)
+            if isinstance(event, CopyDone) and event.copy in copies:
+                copies[event.copy] = now_ns - copied_at_ns[event.copy]
             for command in commands:
                 if isinstance(command, Run):
-                    lane = (command.step.instance, command.step.epoch, command.step.lane)
-                    began[command.step.id] = (lane, len(steps[lane]), now_ns)
-                    steps[lane].append(NEVER_NS)
+                    lanes[command.step.id] = (command.step.instance, command.step.epoch, command.step.lane)
                 elif isinstance(command, Copy):
-                    copied[command.id] = (len(copies), now_ns)
-                    copies.append(NEVER_NS)
-        self._steps.update({lane: deque(durations) for lane, durations in steps.items()})
-        self._copies = deque(copies)
+                    copied_at_ns[command.id], copies[command.id] = now_ns, NEVER_NS
+        for step, lane in lanes.items():
+            self._steps[lane].append(self._ran_ns.get(step, NEVER_NS))
+        self._copies = deque(copies.values())
+
+    def _on_step(self, step: Step, begin_ns: int, end_ns: int, done: bool) -> None:
+        if done:
+            self._ran_ns[step.id] = end_ns - begin_ns
 
     def step_ns(self, step: Step, contexts: Sequence[int]) -> int:
         """Raises ValueError when the log has no such step any more: the simulation has gone another way."""
