@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from flax import nnx
 
 from ds_jax.architecture import LayerKind, LinearScaling, Llama3Scaling
 from models import rope
-from models.families import architecture_of, weight_names
+from models.families import FAMILIES, architecture_of, weight_names
+from models.folder import CHECKOUT
 from models.layout import parameters
 from models.transformer import Transformer, params_of
 
@@ -223,3 +225,22 @@ def test_rotation_keeps_dot_products_that_depend_on_distance_alone():
     np.testing.assert_allclose(score(5, 2), score(43, 40), rtol=1e-4)
     np.testing.assert_allclose(score(0, 0), jnp.vdot(q, k), rtol=1e-5)
     assert abs(score(5, 2) - score(2, 5)) > 1e-3
+
+
+def test_the_worked_example_of_the_docs_reads_fused_tensors(monkeypatch: pytest.MonkeyPatch):
+    code = (CHECKOUT / "docs/families.md").read_text().partition("```python\n")[2].partition("```")[0]
+    phi3 = types.ModuleType("phi3")
+    exec(code, phi3.__dict__)
+    monkeypatch.setitem(FAMILIES, "phi3", phi3)
+    arch = architecture_of(of("phi3", sliding_window=7))
+    found = {parameter.path[2:]: parameter for parameter in parameters(arch, 1) if parameter.path[:2] == ("layers", 0)}
+    for path, name, shape in (
+        (("attention", "qkv"), "self_attn.qkv_proj", (8 * (8 + 2 * 2), 64)),
+        (("mlp", "up"), "mlp.gate_up_proj", (2 * 96, 64)),
+    ):
+        parameter = found[path]
+        assert parameter.names == (f"model.layers.0.{name}.weight",) and parameter.tensor_shapes() == [shape]
+        tensor = np.arange(math.prod(shape)).reshape(shape)
+        whole = parameter.join((slice(None),) * len(parameter.shape), lambda _, index, tensor=tensor: tensor[index])
+        assert whole.shape == parameter.shape
+        np.testing.assert_array_equal(parameter.split(whole), [tensor])
