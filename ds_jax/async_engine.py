@@ -48,6 +48,8 @@ class AsyncEngine:
         self.tokenizer = self._engine.tokenizer
         self.served_name = config.model.served_name or Path(self._engine.executor.checkpoint.folder).resolve().name
         self.max_model_len = self._engine.max_model_len
+        self.sampling_defaults = self._engine.executor.checkpoint.sampling_defaults
+        """What the checkpoint's generation_config.json asks for where a request says nothing."""
         self.config = config
         self._queues: dict[int, asyncio.Queue[Update]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -100,6 +100,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete all prompts (texts or token ids); outputs come in the order of the prompts.
 
+        Without `params` each prompt gets 16 tokens, chosen as the checkpoint's generation_config.json says.
+
         A prompt that can never run raises before anything is started, or with errors="return" gets an output of its
         own, with finish_reason "error" and the reason, and the others are served.
 
@@ -107,7 +109,8 @@ class LLM:
             RequestError: a prompt can never run; the message names it.
         """
         tokens = [self._token_ids(prompt) for prompt in prompts]
-        params = params or SamplingParams()
+        if params is None:
+            params = SamplingParams(**self.engine.executor.checkpoint.sampling_defaults)  # type: ignore[arg-type]
         each = [params] * len(tokens) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(tokens):
             raise ValueError(f"{len(each)} sampling parameters for {len(tokens)} prompts: give one, or one per prompt")

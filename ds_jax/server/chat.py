@@ -36,7 +36,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
         max_tokens, field = body.max_completion_tokens, "max_completion_tokens"
     names = {"prompt": "messages", "max_tokens": field, "logprobs": "top_logprobs"}
     try:
-        params = body.sampling(_ANY if max_tokens is None else max_tokens)
+        params = body.sampling(_ANY if max_tokens is None else max_tokens, engine.sampling_defaults)
     except RequestError as error:
         raise renamed(error, names) from error
     turns = _turns(body.messages)

@@ -30,7 +30,8 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     check_model(engine, body.model)
     body.check()
     texts = body.prompts()
-    params = body.sampling(DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens)
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    params = body.sampling(max_tokens, engine.sampling_defaults)
     prompts = await tokenized(sum(map(len, texts)), lambda: _all_token_ids(engine, texts))
     each = [params] * len(prompts)
     if body.max_tokens is None:

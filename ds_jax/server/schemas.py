@@ -6,6 +6,7 @@ not support yet are refused unless they say what happens anyway.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, PlainValidator
@@ -51,6 +52,8 @@ _NOT_YET: dict[str, tuple[object, ...]] = {
 
 _AS_GIVEN = (
     "n",
+    "temperature",
+    "top_p",
     "presence_penalty",
     "frequency_penalty",
     "min_p",
@@ -158,8 +161,8 @@ class GenerationRequest(BaseModel):
         """
         return None
 
-    def sampling(self, max_tokens: int) -> SamplingParams:
-        """Our sampling parameters; what the request leaves out is as in the OpenAI API.
+    def sampling(self, max_tokens: int, defaults: Mapping[str, Any]) -> SamplingParams:
+        """Our sampling parameters; what the request leaves out is as the checkpoint's `defaults`, else as OpenAI's.
 
         Raises:
             RequestError: a value outside its range.
@@ -170,14 +173,14 @@ class GenerationRequest(BaseModel):
         longest = max(map(len, stop), default=0)
         if longest > MAX_STOP_CHARACTERS:
             raise RequestError(f"stop has a string of {longest} characters; the limit is {MAX_STOP_CHARACTERS}", "stop")
-        given = {field: getattr(self, field) for field in _AS_GIVEN if getattr(self, field) is not None}
+        given = dict(defaults)
+        given |= {field: getattr(self, field) for field in _AS_GIVEN if getattr(self, field) is not None}
+        if self.top_k is not None:
+            given["top_k"] = 0 if self.top_k == -1 else self.top_k
         biases, top_tokens = _biases(self.logit_bias or {}), self.top_tokens()
         try:
             return SamplingParams(
                 max_tokens=max_tokens,
-                temperature=1.0 if self.temperature is None else self.temperature,
-                top_p=1.0 if self.top_p is None else self.top_p,
-                top_k=0 if self.top_k in (None, -1) else self.top_k,
                 seed=self.seed,
                 stop=tuple(stop),
                 ignore_eos=bool(self.ignore_eos),

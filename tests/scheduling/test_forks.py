@@ -155,7 +155,7 @@ def test_a_failed_copy_is_tried_again_and_nothing_is_shared_with_it() -> None:
     world.answer(ok=False)
     assert not world.copies[0].shared
     world.finish()
-    landed = [copy for copy in world.copies[1:]]
+    landed = world.copies[1:]
     assert not landed[0].shared
     assert landed[1].shared == tuple(there for _, there in landed[0].pages[:2])
 

@@ -34,6 +34,7 @@ class ScriptedEngine:
         self.tokenizer = Tokenizer(byte_level())
         self.max_model_len = 64
         self.served_name = "scripted"
+        self.sampling_defaults: dict[str, float] = {}
         self.healthy = True
         self.script: list[Output | Exception] = list(HELLO)
         self.forever = False

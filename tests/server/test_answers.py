@@ -230,3 +230,13 @@ def test_models_and_health(client: Client) -> None:
 def test_unknown_fields_and_those_that_ask_for_nothing_are_ignored(client: Client, path: str) -> None:
     fields = {"user": "me", "no_such_field": {"a": 1}, "n": 1, "tools": [], "logprobs": None, "presence_penalty": 0.0}
     assert client.ask(path, **fields, response_format={"type": "text"}).status_code == 200
+
+
+@both
+def test_what_a_request_leaves_out_is_as_the_checkpoint_says_and_what_it_says_counts(client: Client, path: str) -> None:
+    client.engine.sampling_defaults = {"temperature": 0.6, "top_k": 20}
+    assert client.ask(path, top_p=0.5).status_code == 200
+    assert client.ask(path, temperature=0, top_k=-1).status_code == 200
+    (_, first), (_, second) = client.engine.calls
+    assert (first.temperature, first.top_p, first.top_k) == (0.6, 0.5, 20)
+    assert (second.temperature, second.top_p, second.top_k) == (0.0, 1.0, 0)
