@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -105,6 +106,70 @@ def test_a_seed_repeats_and_the_stages_are_told(served: Served) -> None:
         one, two = (httpx.post(f"{served.url}/v1/completions", json=asked).json()["choices"][0] for _ in range(2))
         assert one["text"] == two["text"]
         assert set(one["stages_s"]) >= {"prefill_queueing", "prefill_execution", "kv_transmission"}
+
+
+def test_choices_differ_and_come_again_from_the_same_seed(served: Served) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": ["Once", "Twice"], "max_tokens": 12, "seed": 4, "n": 3}
+    first, again = (served.client.completions.create(**asked) for _ in range(2))
+    assert [choice.index for choice in first.choices] == list(range(6))
+    texts = [choice.text for choice in first.choices]
+    assert texts == [choice.text for choice in again.choices] and len({*texts}) == 6
+    streamed = [""] * 6
+    for chunk in served.client.completions.create(stream=True, **asked):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == texts
+    chat = served.client.chat.completions.create(model="tiny", messages=TALK, max_tokens=12, seed=4, n=2)
+    assert [choice.index for choice in chat.choices] == [0, 1]
+    assert chat.choices[0].message.content != chat.choices[1].message.content
+    with pytest.raises(openai.BadRequestError) as refusal:
+        served.client.completions.create(**asked | {"n": 5})
+    assert refusal.value.param == "n"
+
+
+def test_logprobs_of_completions_and_chats_agree_and_sum_to_less_than_one(served: Served) -> None:
+    prompt = served.engine.tokenizer.apply_chat_template(TALK)
+    done = served.client.completions.create(prompt=prompt, max_tokens=20, logprobs=4, **GREEDY)
+    found = done.choices[0].logprobs
+    assert found is not None and found.tokens is not None and found.top_logprobs is not None
+    assert found.token_logprobs is not None and found.text_offset is not None and len(found.tokens) == 20
+    for logprob, top in zip(found.token_logprobs, found.top_logprobs, strict=True):
+        assert logprob == max(top.values()), "greedy takes the likeliest"
+        assert sum(math.exp(value) for value in top.values()) < 1
+    for token, offset in zip(found.tokens, found.text_offset, strict=True):
+        if not token.startswith("bytes:") and token in done.choices[0].text:
+            assert done.choices[0].text[offset:].startswith(token)
+    chat = served.client.chat.completions.create(messages=TALK, max_tokens=20, logprobs=True, top_logprobs=4, **GREEDY)
+    assert chat.choices[0].logprobs is not None and chat.choices[0].logprobs.content is not None
+    content = chat.choices[0].logprobs.content
+    assert [one.token for one in content] == found.tokens
+    assert [one.logprob for one in content] == pytest.approx(found.token_logprobs, abs=1e-4)
+    assert all(bytes(one.bytes or ()).decode() == one.token for one in content if not one.token.startswith("bytes:"))
+    stream = served.client.chat.completions.create(
+        messages=TALK, max_tokens=20, logprobs=True, top_logprobs=4, stream=True, **GREEDY
+    )
+    pieces = [chunk.choices[0].logprobs for chunk in stream]
+    assert [one.token for piece in pieces if piece for one in piece.content or ()] == found.tokens
+
+
+def test_penalties_biases_and_stop_tokens_do_what_they_say(served: Served) -> None:
+    def ask(**fields: Any) -> Any:
+        body = {key: fields.pop(key) for key in ("min_tokens", "stop_token_ids", "prompt_logprobs") if key in fields}
+        extra = {"ignore_eos": True, **body}
+        return served.client.completions.create(
+            **{"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 10, "temperature": 0, "logprobs": 0}
+            | {"extra_body": extra}
+            | fields
+        ).choices[0]
+
+    word = served.engine.tokenizer.pieces[70].decode()
+    assert ask(logit_bias={"70": 100}).logprobs.tokens == [word] * 10
+    assert len({*ask(logit_bias={"70": 100, "71": 100}, frequency_penalty=2).logprobs.tokens}) == 2
+    stopped = ask(logit_bias={"70": 100}, stop_token_ids=[70])
+    assert stopped.logprobs.tokens == [word] and stopped.finish_reason == "stop"
+    held = ask(logit_bias={"70": 100}, stop_token_ids=[70], min_tokens=4)
+    assert held.logprobs.tokens.index(word) == 4 and len(held.logprobs.tokens) == 5
+    first, second, third = ask(prompt_logprobs=2).prompt_logprobs
+    assert first is None and "6" in second and len(second) in (2, 3) and "7" in third
 
 
 def test_bad_requests_are_refused_and_the_others_never_notice(served: Served) -> None:
