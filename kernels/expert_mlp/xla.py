@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-BLOCK = 64
-"""Most rows of one product on the CPU: enough for its weights to be read once for many tokens."""
+FEWEST_ROWS, MOST_ROWS = 8, 64
+"""Rows of one product on the CPU: about as many as an expert gets, so that few are empty and weights are read once."""
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -40,7 +40,7 @@ def in_blocks(
     """Expert by expert, block by block of its rows; an expert that nobody chose is not looked at."""
     (experts, _, width, embed), per_token = up.shape, chosen.shape[1]
     order, sizes = sorted_rows(chosen, experts)
-    rows = min(BLOCK, len(x))  # No expert has a token twice.
+    rows = min(max(FEWEST_ROWS, chosen.size // experts), MOST_ROWS, len(x))
     token, weight = jnp.pad(order // per_token, (0, rows)), jnp.pad(weights.reshape(-1)[order], (0, rows))
     starts = jnp.cumsum(sizes) - sizes
     blocks = -(-sizes // rows)
