@@ -37,6 +37,8 @@ from ds_jax.simulation.latency import LatencyModel
 from ds_jax.simulation.ownership import Violation
 from ds_jax.workload import Submission
 
+_LAST = 2**62
+
 
 @dataclass(frozen=True)
 class Simulation:
@@ -69,7 +71,8 @@ def simulate(
 
     Args:
         events: (at_ns, event) of the world outside: Stopped, InstanceLost, InstanceUp, Drain. At the same time they
-            come before arrivals, and both before the answers to commands.
+            come before arrivals, both before the answers to commands, and timers last. A Timer among them is late or
+            early on purpose: timers of its key ring then, and not when they were asked for.
         steps: keep all steps.
         log: record all events and commands.
         strict: hold the scheduler to every rule of `Contract`, page by page; slower.
@@ -125,6 +128,9 @@ class VirtualTime:
             self._listeners.append(recorder.hear)
         if strict:
             self._listeners.insert(0, Contract().hear)
+        self._timers = 0
+        """Timers on the heap: when only they are left and nobody lives, it is over."""
+        self._given_timers: set[str] = set()
         self._heap: list[tuple[int, int, Event | _Lane]] = []
         self._order = 0
         self._instances: dict[int, Instance] = {}
@@ -145,17 +151,20 @@ class VirtualTime:
         """Deliver the events and arrivals, and answer all commands that follow from them."""
         for at_ns, event in events:
             self._at(at_ns, event)
+            if isinstance(event, Timer):
+                self._given_timers.add(event.key)
         outside = self._order  # what was on the heap from the start comes before arrivals at the same time
         heap = self._heap
         arrivals = iter(sorted(requests, key=lambda request: request.arrival_ns))
         arrival = next(arrivals, None)
-        while heap or arrival is not None:
+        while arrival is not None or len(heap) > self._timers or (heap and self._left):
             if arrival is not None and (not heap or (arrival.arrival_ns, outside) <= heap[0][:2]):
                 self.now_ns = arrival.arrival_ns
                 self._arrive(arrival)
                 arrival = next(arrivals, None)
                 continue
             self.now_ns, _, what = heapq.heappop(heap)
+            self._timers -= type(what) is Timer
             if type(what) is _Lane:
                 if what.alive:
                     self._step_done(what)
@@ -166,8 +175,10 @@ class VirtualTime:
                 self._outside(what)  # type: ignore[arg-type]
 
     def _at(self, at_ns: int, what: Event | _Lane) -> None:
-        heapq.heappush(self._heap, (at_ns, self._order, what))
+        timer = type(what) is Timer
+        heapq.heappush(self._heap, (at_ns, self._order + _LAST * timer, what))
         self._order += 1
+        self._timers += timer
 
     # --- events -------------------------------------------------------------------------------------------------------
 
@@ -260,7 +271,8 @@ class VirtualTime:
         elif isinstance(command, Reject):
             self._end(command.sequence)
         elif isinstance(command, SetTimer):
-            self._at(max(command.at_ns, self.now_ns), Timer(command.key))
+            if command.key not in self._given_timers:
+                self._at(max(command.at_ns, self.now_ns), Timer(command.key))
         else:
             raise Violation(f"{command!r} is no command")
 

@@ -19,6 +19,7 @@ from ds_jax.protocol import (
     Step,
     StepDone,
     Stopped,
+    Timer,
 )
 from ds_jax.recorder import Log
 from ds_jax.workload import Submission
@@ -76,7 +77,7 @@ def recorded_workload(log: Log) -> tuple[list[Submission], list[tuple[int, Event
     """The requests of a log with their true lengths, and the events of the world outside, for `simulate`.
 
     A sequence that was stopped at the time of the step that told its last token has its true length there. Any other
-    Stopped came from outside, as did instances that came, went or were drained. Timers are the simulator's own.
+    Stopped came from outside, as did instances that came, went or were drained, and timers, which ring late.
 
     Raises:
         ValueError: the log has dropped entries.
@@ -101,7 +102,7 @@ def recorded_workload(log: Log) -> tuple[list[Submission], list[tuple[int, Event
                     true_length[sequence] = output[sequence]
                 else:
                     events.append((now_ns, event))
-            case InstanceUp() | InstanceLost() | Drain():
+            case InstanceUp() | InstanceLost() | Drain() | Timer():
                 events.append((now_ns, event))
         over.update(command.sequence for command in commands if isinstance(command, Reject))
     requests = []

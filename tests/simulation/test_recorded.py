@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
-from ds_jax.protocol import Drain, Instance, InstanceLost, InstanceUp, Role, Stopped
+from ds_jax.protocol import Drain, Instance, InstanceLost, InstanceUp, Role, Stopped, Timer
 from ds_jax.recorder import Log, load, replay
 from ds_jax.scheduling.disaggregated import Disaggregated
 from ds_jax.simulation import LinearLatency, RecordedDurations, recorded_workload, simulate, steps_of
@@ -36,8 +37,12 @@ def run():
         (500 * MS, InstanceUp(Instance(2, Role.DECODE, 1, 30, 4, slots=4))),
         (600 * MS, Drain(1)),
         (640 * MS, Stopped(20, "abort")),
+        (1400 * MS, Timer("deadline:70")),
     ]
     work = submissions(poisson(60.0, 80), uniform((1, 90), (1, 20), 80), max_tokens=20)
+    for id, deadline_ms in ((30, 600), (70, 1390), (75, 10**6)):
+        request = replace(work[id].request, deadline_ns=deadline_ms * MS)
+        work[id] = work[id]._replace(request=request)
     return simulate(
         Disaggregated(), [PREFILL, *DECODES], work, Jitter(), events=events, steps=True, log=True, strict=True
     )
@@ -56,6 +61,7 @@ def test_the_recorded_durations_lead_to_the_same_steps_and_times(run):
     assert again.steps == run.steps == steps_of(run.log)
     assert again.times == run.times
     assert sum(one.replays for one in again.times.values()) > 0
+    assert again.times[70].rejected and again.times[70].end_ns == 1400 * MS, "its deadline was at 1390, and rang late"
 
 
 def test_true_lengths_are_told_apart_from_stops_from_outside(run):
