@@ -95,12 +95,14 @@ def simulate(
 class _Lane:
     """The step that runs and the one queued behind it, with their durations."""
 
-    __slots__ = ("alive", "place", "queued", "running")
+    __slots__ = ("alive", "held", "place", "queued", "running")
 
     def __init__(self, place: tuple[int, int]):
         self.place = place
         """Instance and epoch."""
         self.alive = True
+        self.held = False
+        """The running step is through, but must not be told before one of another lane."""
         self.running: Step | None = None
         self.queued: tuple[Step, int] | None = None
 
@@ -225,6 +227,16 @@ class VirtualTime:
     def _step_done(self, lane: _Lane) -> None:
         step = lane.running
         assert step is not None
+        others = self._other_lanes(lane) if step.prefills else ()
+        if any(_names_one_of(step, other) for other in others):
+            lane.held = (
+                True  # chunks of one prompt in two lanes of a pipeline come out in the order in which they went in
+            )
+            return
+        for other in others:
+            if other.held:
+                other.held = False
+                self._at(self.now_ns, other)
         if lane.queued is None:
             lane.running = None
         else:
@@ -248,6 +260,12 @@ class VirtualTime:
         self._tell(StepDone(step.id, emitted))
         for sequence in stopped:
             self._tell(Stopped(sequence, "stop"))
+
+    def _other_lanes(self, lane: _Lane) -> list[_Lane]:
+        lanes = self._instances[lane.place[0]].lanes
+        return [
+            self._lanes[*lane.place, other] for other in range(lanes) if self._lanes[*lane.place, other] is not lane
+        ]
 
     def _end(self, sequence: int) -> None:
         self._left.pop(sequence, None)
@@ -314,6 +332,13 @@ class VirtualTime:
 
     def _lives(self, instance: int, epoch: int) -> bool:
         return instance in self._instances and self._instances[instance].epoch == epoch
+
+
+def _names_one_of(step: Step, lane: _Lane) -> bool:
+    """Whether an earlier step of that lane has a chunk of a sequence of this step."""
+    earlier = [other for other in (lane.running, lane.queued and lane.queued[0]) if other and other.id < step.id]
+    named = {work.sequence for other in earlier for work in other.prefills}
+    return any(work.sequence in named for work in step.prefills)
 
 
 def _in_range(pages: Iterable[int], pool: int, what: Step | Copy) -> None:

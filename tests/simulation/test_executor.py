@@ -74,6 +74,17 @@ def test_a_loaded_system_keeps_every_rule_page_by_page(seed):
         assert sum(one.stages_ns) == one.end_ns - one.arrived_ns
 
 
+def test_chunks_in_two_lanes_come_out_in_order():
+    class Shrinking(LinearLatency):
+        def step_ns(self, step, contexts):
+            return (40 - step.id) * MS if step.prefills else 2 * MS
+
+    lanes = Instance(0, Role.PREFILL, 0, 200, 4, lanes=2, max_step_tokens=8, max_step_sequences=4, saturation_tokens=8)
+    work = submissions([0, 1, 2], [(40, 3), (5, 3), (30, 3)])
+    result = simulate(Disaggregated(), [lanes, DECODE], work, Shrinking(), strict=True, steps=True)
+    assert {step.lane for step in result.steps[0]} == {0, 1} and len(result.times) == 3
+
+
 def test_losses_returns_and_aborts_leave_nobody_behind():
     work = requests(120)
     events = [
