@@ -27,7 +27,7 @@ serve: $(READY)$(or $(EXTRAS),base)
 	@exec $(PY) -m experiments.serve --config=$(CONFIG) $(ARGS)
 
 test: $(READY)test
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest --numprocesses=auto --dist=loadfile $(ARGS)
 
 lint: $(READY)dev
 	@$(PY) -m ruff check .
