@@ -364,6 +364,9 @@ class Disaggregated:
                 self._commands.extend(map(Run, steps))
                 for sequence in preempted:
                     self._replay_if_left(sequence)
+                if preempted:  # slots came free: who waits for one goes before the next pull
+                    self._touch(state)
+                    continue
                 while (copy := state.pull(self._flight)) is not None:
                     self._commands.append(copy)
 

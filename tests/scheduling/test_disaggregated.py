@@ -230,6 +230,19 @@ def test_the_newest_is_preempted_and_replays_prompt_and_output_ahead_of_new_arri
     assert step.prefills[0].samples, "and samples the next token"
 
 
+def test_when_the_newest_preempts_itself_an_older_one_that_waits_takes_its_slot():
+    w = world(prefill_instance(0), decode_instance(1, pages=6, slots=1), prefill_instance(2))
+    w.arrive(0, 4, 9)
+    w.arrive(1, 4, 9)
+    for instance in (2, 0):  # the younger is prefilled, pulled and decoded first
+        w.finish(w.steps(instance)[0])
+        w.land(w.copies()[0])
+    assert {work for step in w.steps(1) for work in decoded(step)} == {1}
+    while 1 in {work for step in w.steps(1) for work in decoded(step)}:
+        w.finish(w.steps(1)[0])
+    assert {work for step in w.steps(1) for work in decoded(step)} == {0}
+
+
 def test_max_tokens_is_never_planned_beyond():
     w = world()
     w.decoding(4, max_tokens=3)
