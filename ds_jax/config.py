@@ -39,7 +39,7 @@ class GroupConfig:
     tp: int = 1
     """Tensor parallelism: devices that share each layer."""
     pp: int = 1
-    """Pipeline parallelism: stages of layers (only 1 so far)."""
+    """Pipeline parallelism: stages of layers (in the simulator; the engine serves 1)."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ class CacheConfig:
     """Pages in each instance's pool; 0: as many as fit in memory_fraction and can ever be used."""
     memory_fraction: float = 0.9
     """Share of a device's memory for weights and KV together, when num_pages is 0."""
+    host_pages: int = 0
+    """Pages in each instance's pinned host memory, for scheduler.preemption = swap."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,30 @@ class SchedulerConfig:
 
     pull_watermark: float = 0.05
     """A decode instance pulls while sequences that wait for a slot hold less than this share of its pool."""
+    preemption: Literal["recompute", "swap"] = "recompute"
+    """What happens to a sequence whose pages are taken: recompute replays it, swap moves them to host memory."""
+    token_budget: int = 512
+    """chunked: most tokens in one step, decodes and prompt chunks together (Sarathi: 512 strict, 2048 relaxed)."""
+    chunk_order: Literal["sarathi", "splitfuse", "vllm_v1"] = "sarathi"
+    """chunked: whose rules fill the budget."""
+    queue_order: Literal["fcfs", "sjf", "ljf", "edf", "llf"] = "fcfs"
+    """multiplexed, deflected: order of waiting prompts: first come, shortest, longest, earliest deadline, least slack."""
+    memory_watermark: float = 0.9
+    """multiplexed, deflected: a decode worker with a larger share of its pages in use takes no prompt."""
+    early_rejection: bool = False
+    """deflected: refuse (HTTP 429) a request as soon as its TTFT target can no longer be met."""
+    latency_profile: str = ""
+    """multiplexed, deflected: file of experiments.profile to predict step times with; empty: learned while serving."""
+
+
+@dataclass(frozen=True)
+class SloConfig:
+    """Latency targets of requests that bring none of their own."""
+
+    ttft_s: float = 0.0
+    """Target of the time to the first token in seconds; 0: none."""
+    tpot_s: float = 0.0
+    """Target of the time per output token after the first in seconds; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +146,7 @@ class Config:
     mixed: MixedConfig = field(default_factory=MixedConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    slo: SloConfig = field(default_factory=SloConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     workers: Literal["in_process"] = "in_process"
     """Where instances live: in_process puts all of them into this process."""
@@ -142,8 +169,7 @@ class Config:
         for name, group in (("prefill", self.prefill), ("decode", self.decode), ("mixed", self.mixed)):
             _at_least(f"{name}.instances", group.instances, 0)
             _at_least(f"{name}.tp", group.tp, 1)
-            if group.pp != 1:
-                raise ValueError(f"{name}.pp = {group.pp} is not supported yet: pipeline parallelism must be 1")
+            _at_least(f"{name}.pp", group.pp, 1)
         for name, group in (("prefill", self.prefill), ("mixed", self.mixed)):
             for knob in ("max_step_tokens", "max_step_sequences", "saturation_tokens"):
                 _at_least(f"{name}.{knob}", getattr(group, knob), 1)
@@ -153,12 +179,16 @@ class Config:
         _at_least("mixed.slots", self.mixed.slots, 1)
         _at_least("cache.page_size", self.cache.page_size, 1)
         _at_least("cache.num_pages", self.cache.num_pages, 0)
+        _at_least("cache.host_pages", self.cache.host_pages, 0)
+        _at_least("scheduler.token_budget", self.scheduler.token_budget, 1)
+        for name, value in (("ttft_s", self.slo.ttft_s), ("tpot_s", self.slo.tpot_s)):
+            if not value >= 0:
+                raise ValueError(f"slo.{name} = {value} must be 0 or more")
         if not 0 < self.cache.memory_fraction <= 1:
             raise ValueError(f"cache.memory_fraction = {self.cache.memory_fraction} must be greater than 0, at most 1")
-        if not 0 < self.scheduler.pull_watermark <= 1:
-            raise ValueError(
-                f"scheduler.pull_watermark = {self.scheduler.pull_watermark} must be greater than 0, at most 1"
-            )
+        for knob in ("pull_watermark", "memory_watermark"):
+            if not 0 < (share := getattr(self.scheduler, knob)) <= 1:
+                raise ValueError(f"scheduler.{knob} = {share} must be greater than 0, at most 1")
         _at_least("model.max_model_len", self.model.max_model_len, 0)
         _at_least("engine.max_waiting", self.engine.max_waiting, 1)
         _at_least("engine.log_capacity", self.engine.log_capacity, 0)
@@ -166,13 +196,29 @@ class Config:
             raise ValueError(f"engine.deadline_s = {self.engine.deadline_s} must be 0 or more")
         if not self.groups():
             raise ValueError("prefill.instances, decode.instances and mixed.instances are all 0: nothing would serve")
-        if self.policy == "disaggregated" and not (self.prefill.instances and self.decode.instances):
-            raise ValueError(
-                f"policy = disaggregated needs prefill.instances >= 1 and decode.instances >= 1, "
-                f"got {self.prefill.instances} and {self.decode.instances}"
-            )
-        if self.policy == "disaggregated" and self.mixed.instances:
-            raise ValueError(f"policy = disaggregated needs mixed.instances = 0, got {self.mixed.instances}")
+        self._check_roles()
+
+    def _check_roles(self) -> None:
+        """Each policy needs instances of certain roles, and has no use for the others."""
+        present = {role for role, _ in self.groups()}
+        needs = ROLES.get(self.policy)
+        if needs is None or present == needs:
+            return
+        for role in Role:
+            count = {Role.PREFILL: self.prefill, Role.DECODE: self.decode, Role.MIXED: self.mixed}[role].instances
+            if (role in needs) != (count > 0):
+                wanted = ">= 1" if role in needs else "= 0"
+                raise ValueError(f"policy = {self.policy} needs {role}.instances {wanted}, got {count}")
+
+
+ROLES = {
+    "disaggregated": {Role.PREFILL, Role.DECODE},
+    "colocated": {Role.MIXED},
+    "chunked": {Role.MIXED},
+    "multiplexed": {Role.PREFILL, Role.MIXED},
+    "deflected": {Role.PREFILL, Role.MIXED},
+}
+"""Roles of the instances that each policy works with; multiplexing workers are mixed instances."""
 
 
 def _at_least(name: str, value: int, low: int) -> None:

@@ -182,8 +182,8 @@ def test_a_flag_of_the_wrong_type_is_refused_with_what_it_must_be(argument, sent
 @pytest.mark.parametrize(
     ("argument", "sentence"),
     [
-        ("--config.decode.pp=2", "decode.pp = 2 is not supported yet"),
-        ("--config.decode.instances=0", "needs prefill.instances >= 1 and decode.instances >= 1, got 1 and 0"),
+        ("--config.decode.pp=0", "decode.pp = 0 must be at least 1"),
+        ("--config.decode.instances=0", "policy = disaggregated needs decode.instances >= 1, got 0"),
         ("--config.mixed.instances=1", "policy = disaggregated needs mixed.instances = 0, got 1"),
     ],
 )

@@ -103,6 +103,9 @@ class InProcessExecutor:
 
     def __init__(self, config: Config, *, devices: Sequence[jax.Device] | None = None):
         config.check()
+        for role, group in config.groups():
+            if group.pp != 1:
+                raise ValueError(f"{role}.pp = {group.pp} cannot be served yet: pipeline parallelism must be 1")
         self.checkpoint = open_checkpoint(config.model.path, config.model.load_format)
         self.arch = self.checkpoint.arch
         keep_compiled_programs(config.engine.compilation_cache)
