@@ -101,7 +101,7 @@ class SchedulerConfig:
     chunk_order: Literal["sarathi", "splitfuse", "vllm_v1"] = "sarathi"
     """chunked: whose rules fill the budget."""
     queue_order: Literal["fcfs", "sjf", "ljf", "edf", "llf"] = "fcfs"
-    """multiplexed, deflected: order of waiting prompts: first come, shortest, longest, earliest deadline, least slack."""
+    """multiplexed, deflected: order of waiting prompts: first come, shortest, longest, deadline, least slack first."""
     memory_watermark: float = 0.9
     """multiplexed, deflected: a decode worker with a larger share of its pages in use takes no prompt."""
     early_rejection: bool = False

@@ -234,4 +234,4 @@ def test_help_lists_every_knob_and_needs_no_jax():
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=CHECKOUT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert [knob.name for knob in knobs(Config) if f"--config.{knob.name}:" not in done.stdout] == []
+    assert [knob.name for knob in knobs(Config) if f"config.{knob.name}:" not in done.stdout] == []
