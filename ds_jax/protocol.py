@@ -6,6 +6,7 @@ scheduler and real devices, between a scheduler and the simulator, and through t
 The contract of an executor, on which every scheduler leans:
 
 * each `Run` on a living epoch is answered by exactly one `StepDone`; steps of one (instance, lane) finish in order;
+* steps that name the same sequence finish in the order of their commands, also on different lanes;
 * each `Copy` with a living end is answered by exactly one `CopyDone`, also when it failed;
 * nothing needs to come back from a dead epoch, and what still comes back is ignored.
 """
@@ -87,6 +88,8 @@ class Instance:
     """Prompts that one step can hold."""
     saturation_tokens: int = 0
     """L_m: the shortest prompt that keeps the devices busy (DistServe, section 3.1)."""
+    host_pages: int = 0
+    """KV pages in pinned host memory, for sequences that are swapped out."""
 
 
 # --- events -----------------------------------------------------------------------------------------------------------

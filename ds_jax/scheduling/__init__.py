@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from ds_jax.config import SchedulerConfig
 from ds_jax.protocol import Scheduler
+
+if TYPE_CHECKING:
+    from ds_jax.latency import Predictor
 
 POLICIES = {
     "disaggregated": "ds_jax.scheduling.disaggregated:Disaggregated",
 }
 
 
-def create_scheduler(policy: str, options: SchedulerConfig | None = None) -> Scheduler:
-    """The scheduler of this name, or the class at `module:Class`, built with `options`.
+def create_scheduler(
+    policy: str, options: SchedulerConfig | None = None, predictor: Predictor | None = None
+) -> Scheduler:
+    """The scheduler of this name, or the class at `module:Class`, built with `(options, predictor)`.
+
+    Args:
+        predictor: foretells the step times of an instance, for the policies that ask; None: unknown.
 
     Raises:
         ValueError: no such policy, module or class.
@@ -30,4 +38,4 @@ def create_scheduler(policy: str, options: SchedulerConfig | None = None) -> Sch
         made = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"policy = {policy!r} cannot be imported: {error}") from error
-    return cast(Scheduler, made(options or SchedulerConfig()))
+    return cast(Scheduler, made(options or SchedulerConfig(), predictor))

@@ -9,6 +9,7 @@ joins them: dispatch, hand-over, endings, and what to do when instances come and
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from ds_jax.config import SchedulerConfig
 from ds_jax.protocol import (
@@ -36,11 +37,14 @@ from ds_jax.scheduling.ledger import PageLedger
 from ds_jax.scheduling.prefill import PrefillState
 from ds_jax.scheduling.sequence import Phase, Sequence
 
+if TYPE_CHECKING:
+    from ds_jax.latency import Predictor
+
 
 class Disaggregated:
     """The scheduler of DistServe over n prefill and m decode instances."""
 
-    def __init__(self, options: SchedulerConfig | None = None):
+    def __init__(self, options: SchedulerConfig | None = None, predictor: Predictor | None = None):
         self.options = options or SchedulerConfig()
         self.sequences: dict[int, Sequence] = {}
         """Every living sequence."""
