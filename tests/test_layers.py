@@ -46,7 +46,7 @@ ARROWS: dict[str, set[str]] = {
     "ds_jax.recorder": {"ds_jax.protocol"},
     "ds_jax.workload": {"ds_jax.protocol", "ds_jax.metrics"},
     "ds_jax.metrics": {"ds_jax.protocol"},
-    "ds_jax.latency": {"ds_jax.config", "ds_jax.architecture"},
+    "ds_jax.latency": {"ds_jax.config", "ds_jax.architecture", "ds_jax.protocol"},
     "ds_jax.architecture": set(),
     "ds_jax.errors": set(),
     "ds_jax.sampling": set(),
