@@ -185,7 +185,7 @@ class VirtualTime:
     # --- events -------------------------------------------------------------------------------------------------------
 
     def _arrive(self, submission: Submission) -> None:
-        _, request, outputs = submission
+        request, outputs = submission.request, submission.output_tokens
         each = (outputs,) * request.n if isinstance(outputs, int) else outputs
         for id, output in zip(request.sequences, each, strict=True):
             if not 1 <= output <= request.max_tokens:

@@ -69,7 +69,7 @@ def test_a_loaded_system_keeps_every_rule_page_by_page(seed):
     result = simulate(Disaggregated(), [PREFILL, DECODE], work, LATENCY, strict=True)
     assert sorted(result.times) == list(range(count))
     assert sum(one.replays for one in result.times.values()) > 0, "the decode pool is small enough to preempt"
-    for (_, request, output), one in zip(work, (result.times[id] for id in range(count)), strict=True):
+    for (_, request, output, _), one in zip(work, (result.times[id] for id in range(count)), strict=True):
         assert one.rejected or one.output_tokens == output, request
         assert sum(one.stages_ns) == one.end_ns - one.arrived_ns
 

@@ -23,7 +23,7 @@ def ttfts_ns(arrivals_ns: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("load", [0.3, 0.9, 1.2])
 def test_every_ttft_follows_the_lindley_recursion(load):
-    arrivals_ns = poisson(load * 1e9 / SERVICE_NS, 2000)
+    arrivals_ns = list(poisson(load * 1e9 / SERVICE_NS, 2000))
     wait_ns = 0
     expected = [SERVICE_NS]
     for before_ns, at_ns in zip(arrivals_ns, arrivals_ns[1:], strict=False):
@@ -34,10 +34,10 @@ def test_every_ttft_follows_the_lindley_recursion(load):
 
 def test_the_mean_ttft_is_that_of_an_m_d_1_queue():
     rate, service_s = 60.0, SERVICE_NS / 1e9
-    ttfts = ttfts_ns(poisson(rate, 20_000, seed=1))
+    ttfts = ttfts_ns(list(poisson(rate, 20_000, seed=1)))
     expected_s = service_s + rate * service_s**2 / (2 * (1 - rate * service_s))  # DistServe, section 3.1, equation 1
     assert sum(ttfts) / len(ttfts) / 1e9 == pytest.approx(expected_s, rel=0.03)
 
 
 def test_nobody_waits_when_arrivals_are_further_apart_than_a_step():
-    assert set(ttfts_ns(evenly(99.0, 500))) == {SERVICE_NS}
+    assert set(ttfts_ns(list(evenly(99.0, 500)))) == {SERVICE_NS}
