@@ -14,7 +14,7 @@ The contract of an executor, on which every scheduler leans:
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -110,7 +110,8 @@ class Stopped:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """A step's results are on the host. `emitted` counts tokens really kept, per sequence that samples in the step."""
+    """A step's results are on the host. `emitted` names the sequences of which it kept a token, each with 1; a sequence
+    that is over, or whose token was dropped, is not named. The mapping is only read: one may serve many steps."""
 
     step: int
     emitted: Mapping[int, int] = field(default_factory=dict)
@@ -179,9 +180,31 @@ class Decode(NamedTuple):
     new_pages: tuple[int, ...] = ()
 
 
+class Decodes(tuple[Decode, ...]):
+    """The decodes of a step that also say how they differ from those of an earlier step.
+
+    A running batch changes little from step to step, and whoever follows it needs only the changes. They are a
+    convenience: a plain tuple says the same, and equals it. `parted_and_joined` reads either.
+    """
+
+    after: int | None = None
+    """Id of the last step before this one on its lane that has decodes. These differ from those of that step in
+    `parted` and `joined`, and in nothing else but `new_pages`. None: nothing is said."""
+    parted: tuple[int, ...] = ()
+    """Sequences that were in that step and are not in this one, or have left in between and come back."""
+    joined: tuple[int, ...] = ()
+    """Sequences that have come since."""
+    grown: tuple[Decode, ...] | None = None
+    """Those of these decodes that have new pages. None: nothing is said."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
-    """All that an instance is told to do in one go; either list may be empty."""
+    """All that an instance is told to do in one go; either list may be empty.
+
+    Where two steps of a lane, with none that decodes between them, have the very same `decodes` object, nobody left,
+    nobody came, and neither has new pages.
+    """
 
     id: int
     instance: int
@@ -245,6 +268,25 @@ class Scheduler(Protocol):
     def handle(self, event: Event, now_ns: int) -> list[Command]:
         """Take one event in; answer with the commands to carry out, in this order. `now_ns` never goes back."""
         ...
+
+
+def parted_and_joined(before: Step | None, step: Step) -> tuple[Iterable[int], Iterable[int]]:
+    """Sequences whose decoding ends with `before` and those whose decoding begins with `step`.
+
+    Args:
+        before: the last step before it on the same lane that has decodes; None if there was none.
+    """
+    decodes = step.decodes
+    if before is None:
+        return (), [decode[0] for decode in decodes]
+    if decodes is before.decodes:
+        return (), ()
+    if isinstance(decodes, Decodes) and decodes.after == before.id:
+        return decodes.parted, decodes.joined
+    old, new = {decode[0] for decode in before.decodes}, {decode[0] for decode in decodes}
+    return [decode[0] for decode in before.decodes if decode[0] not in new], [
+        decode[0] for decode in decodes if decode[0] not in old
+    ]
 
 
 def pages_for(tokens: int, page_size: int) -> int:
