@@ -160,6 +160,21 @@ class Config:
         """Devices that all instances take together."""
         return sum(group.instances * group.tp * group.pp for _, group in self.groups())
 
+    @property
+    def mixes(self) -> bool:
+        """Whether steps may have prompt chunks and decodes together; a policy from outside may do anything."""
+        return self.policy in MIXING or self.policy not in ROLES
+
+    @property
+    def swaps(self) -> bool:
+        """Whether KV pages may move to host memory and back."""
+        return self.scheduler.preemption == "swap" or self.policy not in ROLES
+
+    @property
+    def copies(self) -> set[tuple[Role, Role]] | None:
+        """(source, destination) roles between which the policy moves KV pages; None: between any."""
+        return COPIES.get(self.policy) if self.policy in ROLES else None
+
     def check(self) -> None:
         """Refuse what no model and no machine could make right.
 
@@ -180,6 +195,8 @@ class Config:
         _at_least("cache.page_size", self.cache.page_size, 1)
         _at_least("cache.num_pages", self.cache.num_pages, 0)
         _at_least("cache.host_pages", self.cache.host_pages, 0)
+        if self.scheduler.preemption == "swap" and not self.cache.host_pages:
+            raise ValueError("scheduler.preemption = swap needs cache.host_pages >= 1, got 0")
         _at_least("scheduler.token_budget", self.scheduler.token_budget, 1)
         for name, value in (("ttft_s", self.slo.ttft_s), ("tpot_s", self.slo.tpot_s)):
             if not value >= 0:
@@ -219,6 +236,18 @@ ROLES = {
     "deflected": {Role.PREFILL, Role.MIXED},
 }
 """Roles of the instances that each policy works with; multiplexing workers are mixed instances."""
+
+MIXING = {"chunked", "multiplexed", "deflected"}
+"""Policies whose steps may hold prompt chunks and decodes together: programs for such steps take time to compile."""
+
+COPIES: dict[str, set[tuple[Role, Role]]] = {
+    "disaggregated": {(Role.PREFILL, Role.DECODE)},
+    "colocated": set(),
+    "chunked": set(),
+    "multiplexed": {(Role.PREFILL, Role.MIXED)},
+    "deflected": {(Role.PREFILL, Role.MIXED)},
+}
+"""Between instances of which roles each policy moves KV pages."""
 
 
 def _at_least(name: str, value: int, low: int) -> None:

@@ -6,6 +6,7 @@ per instance for tokens, and one per sending instance for pages on their way. Wh
 
     run ──▶ program ──▶ reader ──▶ call_soon ──▶ step_done
     copy ─▶ gather, pieces to the other devices ──▶ reader ──▶ call_soon ──▶ insert, copy_done
+            (to or from host memory: the reader starts the pieces on their way)
 
 Pieces are inserted only when they have landed: an insert dispatched earlier would hold up every later decode step
 until the prefill instance had come to the gather.
@@ -19,6 +20,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -28,7 +30,7 @@ from tqdm import tqdm
 
 from ds_jax import protocol
 from ds_jax.config import Config
-from ds_jax.protocol import Copy, Medium, Place, Step
+from ds_jax.protocol import Copy, Medium, Step
 from ds_jax.runtime import handover, logprobs, mesh
 from ds_jax.runtime.compilation import CompilationCounter, compiling, keep_compiled_programs
 from ds_jax.runtime.handover import Cut, Route
@@ -82,8 +84,8 @@ class Sink(Protocol):
 @dataclass
 class CopyInFlight:
     copy: Copy
-    route: Route
-    pieces: list[jax.Array]
+    put: Callable[[list[jax.Array]], None]
+    """Puts pieces that have landed where they belong."""
     wanted: bool = True
     """False once its sequence is over: then the pieces need not be put anywhere."""
 
@@ -115,6 +117,7 @@ class InProcessExecutor:
         if dtype == "auto":
             dtype = "float32" if devices[0].platform == "cpu" else self.checkpoint.dtype
         self._dtype = jnp.dtype(dtype)
+        self._policy = config.policy
         self._dummy = config.model.load_format == "dummy"
         models = [
             Model(self.arch, self._dtype, site.mesh, *abstract_params(self.arch, site.group.tp, self._dtype, site.mesh))
@@ -130,7 +133,7 @@ class InProcessExecutor:
         ]
         self._routes = {
             (i, j): Route(Cut(self.arch.num_kv_heads, sites[i].group.tp, sites[j].group.tp), sites[j].mesh)
-            for i, j in handover.routes([site.role for site in sites])
+            for i, j in handover.routes([site.role for site in sites], config.copies)
         }
         self.compilations = CompilationCounter()
         self._alive = [True] * len(self._instances)
@@ -187,8 +190,10 @@ class InProcessExecutor:
         self._sink = sink
         self._tokens = [Reader(f"tokens-{instance.id}") for instance in self._instances]
         senders = {i for i, _ in self._routes}
-        self._landings = {i: Reader(f"copies-{i}") for i in senders}
-        self._readers = [*self._tokens, *self._landings.values()]
+        self._landings = {i: Reader(f"copies-{i}") for i in sorted(senders)}
+        swapping = [instance.id for instance in self._instances if instance.host.pages]
+        self._swaps = {i: Reader(f"swaps-{i}") for i in swapping}
+        self._readers = [*self._tokens, *self._landings.values(), *self._swaps.values()]
         self.compilations.start()
         atexit.register(self.close)
 
@@ -229,19 +234,52 @@ class InProcessExecutor:
             self._soon(self._answer_copy, copy, False)
             return
         try:
-            route = self._route(source, destination)
+            self._check_way(copy)
         except ValueError as error:
             log.error("copy %d: %s", copy.id, error)
             self._soon(self._answer_copy, copy, False)
             return
         try:
-            pieces = self._instances[source.instance].send(route, [here for here, _ in copy.pages])
+            reader, move, put = self._send(copy)
         except Exception as error:
             log.exception("copy %d could not be started", copy.id)
             self._soon(self._lose_unreadable, copy, _why(error))
             return
-        self._copies[copy.id] = CopyInFlight(copy, route, pieces)
-        self._landings[source.instance].put(self._await_copy, copy.id, pieces)
+        self._copies[copy.id] = CopyInFlight(copy, put)
+        reader.put(self._await_copy, copy.id, move)
+
+    def _check_way(self, copy: Copy) -> None:
+        """Raises: ValueError, if nothing was compiled for such a copy."""
+        (i, _, from_), (j, _, to) = copy.source, copy.destination
+        if from_ is to is Medium.DEVICE:
+            if (i, j) not in self._routes:
+                raise ValueError(f"policy = {self._policy} moves no pages from instance {i} to instance {j}")
+            return
+        if from_ is to:
+            raise ValueError("pages do not move from host memory to host memory")
+        here, there = self._instances[i], self._instances[j]
+        if i != j and here.model.mesh.shape != there.model.mesh.shape:
+            raise ValueError(f"pages move through host memory only between equal tp, not from {i} to {j}")
+        for instance in (here, there):
+            if not instance.host.pages:
+                raise ValueError(f"instance {instance.id} has no host memory (cache.host_pages)")
+        if to is Medium.HOST:
+            there.host.check(number for _, number in copy.pages)
+        else:
+            here.host.check(number for number, _ in copy.pages)
+
+    def _send(self, copy: Copy) -> tuple[Reader, Callable[[], list[jax.Array]], Callable[[list[jax.Array]], None]]:
+        """Start a copy: the reader to wait on, what it waits for, and what to do with that on the dispatch thread."""
+        (i, _, from_), (j, _, to) = copy.source, copy.destination
+        here, there = self._instances[i], self._instances[j]
+        sources, destinations = [number for number, _ in copy.pages], [number for _, number in copy.pages]
+        if from_ is Medium.HOST:
+            return self._swaps[i], partial(there.host.up, here.host.at(sources)), partial(there.restore, copy)
+        if to is Medium.HOST:
+            return self._swaps[i], partial(there.host.down, here.read(sources)), partial(there.host.keep, destinations)
+        route = self._routes[i, j]
+        pieces = here.send(route, sources)
+        return self._landings[i], lambda: pieces, partial(there.receive, route, copy)
 
     def forget(self, sequence_id: int) -> None:
         """The sequence is over: no later command names it."""
@@ -250,16 +288,6 @@ class InProcessExecutor:
         for flight in self._copies.values():
             if flight.copy.sequence == sequence_id:
                 flight.wanted = False
-
-    def _route(self, source: Place, destination: Place) -> Route:
-        if source.medium is not Medium.DEVICE or destination.medium is not Medium.DEVICE:
-            raise ValueError(f"copies between {source.medium} and {destination.medium} memory are not supported yet")
-        try:
-            return self._routes[source.instance, destination.instance]
-        except KeyError:
-            raise ValueError(
-                f"copies go from prefill to decode instances, not from {source.instance} to {destination.instance}"
-            ) from None
 
     # --- what comes back ----------------------------------------------------------------------------------------------
 
@@ -283,15 +311,15 @@ class InProcessExecutor:
             self._deaths[step.instance] = 0
             self._listener.step_done(step.id, tokens, scores)
 
-    def _await_copy(self, copy_id: int, pieces: list[jax.Array]) -> None:
+    def _await_copy(self, copy_id: int, move: Callable[[], list[jax.Array]]) -> None:
         """On a reader: wait until pieces have landed."""
         try:
-            jax.block_until_ready(pieces)
+            pieces = jax.block_until_ready(move())
         except Exception as error:
             log.error("copy %d failed: %s", copy_id, _why(error))
             self._soon(self._fail_copy, copy_id, _why(error))
         else:
-            self._soon(self._land_copy, copy_id)
+            self._soon(self._land_copy, copy_id, pieces)
 
     def _fail_copy(self, copy_id: int, why: str) -> None:
         flight = self._copies.pop(copy_id, None)
@@ -303,14 +331,14 @@ class InProcessExecutor:
         self._lose(copy.source.instance, copy.source.epoch, why)
         self._answer_copy(copy, False)
 
-    def _land_copy(self, copy_id: int) -> None:
+    def _land_copy(self, copy_id: int, pieces: list[jax.Array]) -> None:
         flight = self._copies.pop(copy_id, None)
         if flight is None:
             return  # an end was lost, and the copy answered, before it landed
         copy = flight.copy
         if flight.wanted:
             try:
-                self._instances[copy.destination.instance].receive(flight.route, copy, flight.pieces)
+                flight.put(pieces)
             except Exception as error:
                 log.exception("copy %d could not be inserted", copy_id)
                 self._answer_copy(copy, False)

@@ -12,7 +12,7 @@ tp exceeds the heads, devices hold copies of a head, and the receivers take turn
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -144,13 +144,14 @@ class Route:
         )
 
 
-def routes(roles: Sequence[Role]) -> list[tuple[int, int]]:
-    """(source, destination) pairs between which sequences may move, as indices into `roles`."""
+def routes(roles: Sequence[Role], between: Collection[tuple[Role, Role]] | None) -> list[tuple[int, int]]:
+    """(source, destination) pairs between which pages may move, as indices into `roles`: instances of these pairs of
+    roles, or any two if None."""
     return [
         (i, j)
         for i, source in enumerate(roles)
         for j, destination in enumerate(roles)
-        if source is Role.PREFILL and destination is Role.DECODE
+        if i != j and (between is None or (source, destination) in between)
     ]
 
 

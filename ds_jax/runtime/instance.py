@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from ds_jax import protocol
 from ds_jax.protocol import Role, Step
-from ds_jax.runtime import handover, marks, programs
+from ds_jax.runtime import handover, host_memory, marks, mixed, programs
 from ds_jax.runtime.handover import Cut, Route
+from ds_jax.runtime.host_memory import HostMemory
 from ds_jax.runtime.pool import Pool
 from ds_jax.runtime.programs import Chunk, Edits, Model, Program
 from ds_jax.runtime.sequence import Sequence as TokenSequence
@@ -70,6 +72,7 @@ class Instance:
         self.params: Params = {}
         self.pool: Pool = {}
         self.state: jax.Array | None = None
+        self.host = HostMemory(model, shapes.host_pages)
         self._marks: dict[str, jax.Array] = {}
         """What biases and penalties look at (`runtime.marks`): of the rows of a prefill step, of the slots."""
         self._marked_rows = {"rows": shapes.rows, "slots": shapes.slots}
@@ -88,6 +91,8 @@ class Instance:
         yield partial(self._build, "fresh pool", programs.fresh_pool)
         for size in shapes.token_buckets:
             yield partial(self._build, ("prefill", size), programs.prefill, size)
+            if shapes.mixes:
+                yield partial(self._build, ("mixed", size), mixed.mixed, size)
         if shapes.slots:
             yield partial(self._build, "fresh state", programs.fresh_state)
             yield partial(self._build, "decode", programs.decode)
@@ -98,6 +103,9 @@ class Instance:
                     yield partial(self._build, ("mark", kind, size), programs.mark, rows, size)
         for size in shapes.edit_buckets:
             yield partial(self._build, ("edit", size), programs.edit, size)
+        for size in shapes.host_buckets:
+            yield partial(self._build, ("read", size), host_memory.read_pages, size)
+            yield partial(self._build, ("write", size), host_memory.write_pages, size)
         for size in shapes.page_buckets:
             for cut in sends:
                 yield partial(self._build, ("gather", cut, size), handover.gather, cut, size)
@@ -120,6 +128,7 @@ class Instance:
     def end_life(self) -> None:
         """Let go of all memory but the weights."""
         self.pool, self.state, self._marks = {}, None, {}
+        self.host.clear()
         self.tables.clear()
         self._resident.clear()
         self._unfinished.clear()
@@ -132,6 +141,8 @@ class Instance:
         Raises:
             ValueError, KeyError: the step asks for what this instance cannot do.
         """
+        if self.shapes.mixes and step.prefills and step.decodes:
+            return [self._run_both(step.prefills, step.decodes, sequences)]
         results = []
         if step.prefills:
             results.append(self._run_prefills(step.prefills, sequences))
@@ -140,6 +151,36 @@ class Instance:
         return results
 
     def _run_prefills(self, prefills: Sequence[protocol.Prefill], sequences: Mapping[int, TokenSequence]) -> Result:
+        bucket, packed, scored = self._packed(prefills, sequences)
+        program = self._programs["prefill", bucket]
+        self.pool, *results = program(self.params, self.pool, packed, self._marks["rows"])
+        return self._result(results, _sampled(prefills), sequences, scored)
+
+    def _run_decodes(self, decodes: Sequence[protocol.Decode], sequences: Mapping[int, TokenSequence]) -> Result:
+        self._edit_slots(decodes, sequences)
+        self.pool, self.state, self._marks["slots"], *results = self._programs["decode"](
+            self.params, self.pool, self.state, self._marks["slots"]
+        )
+        return self._result(results, [(sequence, slot) for sequence, slot, _ in decodes], sequences)
+
+    def _run_both(
+        self,
+        prefills: Sequence[protocol.Prefill],
+        decodes: Sequence[protocol.Decode],
+        sequences: Mapping[int, TokenSequence],
+    ) -> Result:
+        bucket, packed, scored = self._packed(prefills, sequences)
+        self._edit_slots(decodes, sequences)
+        self.pool, self.state, self._marks["slots"], *results = self._programs["mixed", bucket](
+            self.params, self.pool, packed, self._marks["rows"], self.state, self._marks["slots"]
+        )
+        rows = _sampled(prefills) + [(sequence, self.shapes.rows + slot) for sequence, slot, _ in decodes]
+        return self._result(results, rows, sequences, scored)
+
+    def _packed(
+        self, prefills: Sequence[protocol.Prefill], sequences: Mapping[int, TokenSequence]
+    ) -> tuple[int, np.ndarray, list[Scored]]:
+        """Token bucket and array of the chunks; their page tables and marks are brought up to date."""
         chunks: list[Chunk] = []
         scored: list[Scored] = []
         table: list[int] = []
@@ -159,34 +200,11 @@ class Instance:
             if samples:
                 self._mark("rows", row, chunk.sequence)
             begin += length
-        bucket, packed = programs.pack_prefill(self.shapes, chunks)
-        program = self._programs["prefill", bucket]
-        self.pool, *results = program(self.params, self.pool, packed, self._marks["rows"])
-        sampled = [(prefill.sequence, row) for row, prefill in enumerate(prefills) if prefill.samples]
-        return self._result(results[0], sampled, results[1], sequences, results[2], scored)
+        return *programs.pack_prefill(self.shapes, chunks), scored
 
-    def _mark(self, kind: str, row: int, sequence: TokenSequence) -> None:
-        """Write the marks of a sequence that asks for a bias or a penalty."""
-        if marks.asked_by(sequence.sampling):
-            bucket, packed = marks.pack(sequence, row, self.model.arch.vocab_size)
-            self._marks[kind] = self._programs["mark", kind, bucket](self._marks[kind], packed)
-
-    @staticmethod
-    def _result(
-        tokens: jax.Array,
-        rows: list[tuple[int, int]],
-        logprobs: jax.Array,
-        sequences: Mapping[int, TokenSequence],
-        prompt_logprobs: jax.Array | None = None,
-        scored: Sequence[Scored] = (),
-    ) -> Result:
-        """What is to be read of a program's results: log-probabilities only where somebody asks."""
-        asked = {sequence: sequences[sequence].sampling.logprobs for sequence, _ in rows}
-        tops = {sequence: top for sequence, top in asked.items() if top is not None}
-        return Result(tokens, rows, logprobs if tops else None, tops, prompt_logprobs if scored else None, scored)
-
-    def _run_decodes(self, decodes: Sequence[protocol.Decode], sequences: Mapping[int, TokenSequence]) -> Result:
-        edits, before, rows = Edits(self.shapes), self._resident, []
+    def _edit_slots(self, decodes: Sequence[protocol.Decode], sequences: Mapping[int, TokenSequence]) -> None:
+        """Tell the devices who is in which slot with which pages, as far as they do not know."""
+        edits, before = Edits(self.shapes), self._resident
         self._resident = {}
         for sequence, slot, new_pages in decodes:
             table = self.tables[sequence]
@@ -201,15 +219,30 @@ class Instance:
                 self._resident[slot] = Resident(sequence, table)
                 edits.join(slot, sequences[sequence], table)
                 self._mark("slots", slot, sequences[sequence])
-            rows.append((sequence, slot))
         for slot in before:
             edits.leave(slot)
         if (packed := edits.pack()) is not None:
             self.state = self._programs["edit", packed[0]](self.state, packed[1])
-        self.pool, self.state, self._marks["slots"], tokens, logprobs = self._programs["decode"](
-            self.params, self.pool, self.state, self._marks["slots"]
-        )
-        return self._result(tokens, rows, logprobs, sequences)
+
+    def _mark(self, kind: str, row: int, sequence: TokenSequence) -> None:
+        """Write the marks of a sequence that asks for a bias or a penalty."""
+        if marks.asked_by(sequence.sampling):
+            bucket, packed = marks.pack(sequence, row, self.model.arch.vocab_size)
+            self._marks[kind] = self._programs["mark", kind, bucket](self._marks[kind], packed)
+
+    @staticmethod
+    def _result(
+        results: Sequence[jax.Array],
+        rows: list[tuple[int, int]],
+        sequences: Mapping[int, TokenSequence],
+        scored: Sequence[Scored] = (),
+    ) -> Result:
+        """What is to be read of a program's results (tokens, log-probabilities of them and of prompts):
+        log-probabilities only where somebody asks."""
+        tokens, logprobs = results[:2]
+        asked = {sequence: sequences[sequence].sampling.logprobs for sequence, _ in rows}
+        tops = {sequence: top for sequence, top in asked.items() if top is not None}
+        return Result(tokens, rows, logprobs if tops else None, tops, results[2] if scored else None, scored)
 
     def forget(self, sequence: int) -> None:
         """The sequence will not be named again."""
@@ -225,10 +258,36 @@ class Instance:
 
     def receive(self, route: Route, copy: protocol.Copy, pieces: list[jax.Array]) -> None:
         """Put landed pieces into their pages, and the pages into the sequence's table."""
-        pages, sequence = [there for _, there in copy.pages], copy.sequence
+        pages = [there for _, there in copy.pages]
         bucket = bucket_for(len(pages), self.shapes.page_buckets, "pages in one copy")
         padded = handover.pad(pages, bucket, self.shapes.pages)
         self.pool = self._programs["insert", route.cut, bucket](self.pool, padded, route.assemble(pieces))
+        self._adopt(copy, pages)
+
+    def read(self, pages: Sequence[int]) -> list[jax.Array]:
+        """These pages of the pool, each an array that `HostMemory` takes."""
+        most, found = self.shapes.host_buckets[-1], []
+        for first in range(0, len(pages), most):
+            some = pages[first : first + most]
+            bucket = bucket_for(len(some), self.shapes.host_buckets, "pages at a time")
+            found += self._programs["read", bucket](self.pool, handover.pad(some, bucket, 0))[: len(some)]
+        return found
+
+    def restore(self, copy: protocol.Copy, arrays: Sequence[jax.Array]) -> None:
+        """Put pages that came from host memory into the pool, and into the sequence's table."""
+        pages = [there for _, there in copy.pages]
+        most = self.shapes.host_buckets[-1]
+        for first in range(0, len(pages), most):
+            some = pages[first : first + most]
+            bucket = bucket_for(len(some), self.shapes.host_buckets, "pages at a time")
+            taken = (*arrays[first : first + len(some)], *[arrays[0]] * (bucket - len(some)))
+            numbers = handover.pad(some, bucket, self.shapes.pages)
+            self.pool = self._programs["write", bucket](self.pool, numbers, taken)
+        self._adopt(copy, pages)
+
+    def _adopt(self, copy: protocol.Copy, pages: Sequence[int]) -> None:
+        """A copy's pages are the sequence's, here."""
+        sequence = copy.sequence
         if sequence in self._unfinished:
             self.tables[sequence].extend(pages)
         else:
@@ -256,4 +315,10 @@ def describe(instance: Instance, group: Any) -> protocol.Instance:
         max_step_tokens=step_tokens(group, shapes.token_buckets),
         max_step_sequences=shapes.rows,
         saturation_tokens=getattr(group, "saturation_tokens", 0),
+        host_pages=shapes.host_pages,
     )
+
+
+def _sampled(prefills: Iterable[protocol.Prefill]) -> list[tuple[int, int]]:
+    """(sequence, row) of those that sample."""
+    return [(prefill.sequence, row) for row, prefill in enumerate(prefills) if prefill.samples]

@@ -28,6 +28,10 @@ SMALLEST_ROW = 256
 """Entries of the smallest program that writes a row."""
 
 
+Marks = Array | tuple[Array, ...]
+"""Of the rows of a batch, [2, B, V], or of several parts of a batch, which are put together only if a row asks."""
+
+
 class Penalties(NamedTuple):
     """What B rows ask for."""
 
@@ -95,7 +99,7 @@ def apply(
     logits: Float[Array, "B V"],
     penalties: Penalties,
     positions: Int[Array, " B"],
-    marks: Int[Array, "2 B V"],
+    marks: Marks,
     wanted: Array | None = None,
 ) -> Float[Array, "B V"]:
     """Logits with bias and penalties, in the rows that ask; no work if none does.
@@ -109,7 +113,9 @@ def apply(
     return lax.cond(jnp.any(rows), _apply, lambda logits, *_: logits, logits, penalties, positions, marks, rows)
 
 
-def _apply(logits: Array, penalties: Penalties, positions: Array, marks: Array, rows: Array) -> Array:
+def _apply(logits: Array, penalties: Penalties, positions: Array, marks: Marks, rows: Array) -> Array:
+    if isinstance(marks, tuple):
+        marks = jnp.concatenate(marks, axis=1)
     seen, bias = marks[0], lax.bitcast_convert_type(marks[1], jnp.float32)
     early = (positions < penalties.earliest_end)[:, None]
     adjusted = jnp.where(early & (seen & ENDS != 0), -jnp.inf, logits + bias)

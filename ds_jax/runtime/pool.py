@@ -76,9 +76,9 @@ def plan(config: Config, arch: Architecture, dtype: str, sites: Sequence[Site], 
     length = min(length, tokens)
     reason = "model" if length == arch.max_positions or asked else "pool"
     shapes = tuple(
-        _shapes(site.group, min(pages, useful_pages(site.group, length, size)), size, length)
+        _shapes(config, site.group, min(pages, useful_pages(site.group, length, size)), length)
         if not config.cache.num_pages
-        else _shapes(site.group, pages, size, length)
+        else _shapes(config, site.group, pages, length)
         for site, pages in zip(sites, pools, strict=True)
     )
     return Plan(shapes, length, reason)
@@ -110,15 +110,18 @@ def abstract_pool(arch: Architecture, dtype: Any, shapes: Shapes, mesh: Mesh) ->
     return {"k": (layer,) * arch.num_layers, "v": (layer,) * arch.num_layers}
 
 
-def _shapes(group: GroupConfig, pages: int, page_size: int, max_model_len: int) -> Shapes:
+def _shapes(config: Config, group: GroupConfig, pages: int, max_model_len: int) -> Shapes:
     slots, rows = _rows(group)
     return Shapes(
         pages=pages,
-        page_size=page_size,
+        page_size=config.cache.page_size,
         max_model_len=max_model_len,
         slots=slots,
         rows=rows,
         token_buckets=token_buckets(group, max_model_len),
+        mixes=config.mixes and bool(slots and rows),
+        # Prompts wait for a place; what is preempted was decoding.
+        host_pages=config.cache.host_pages if config.swaps and slots else 0,
     )
 
 

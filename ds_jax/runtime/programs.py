@@ -127,6 +127,20 @@ class Prefill(NamedTuple):
         starts, lengths, contexts, samples = rows[:, :4].T
         return Prefill(tokens, positions, slots, following, starts, lengths, contexts, samples, chosen_by, table)
 
+    def attention(self) -> Program:
+        """Attention of the chunks' tokens, for `Model.run`."""
+        return partial(
+            kernels.paged_prefill_attention.attend,
+            page_table=self.page_table,
+            starts=self.starts,
+            lengths=self.lengths,
+            contexts=self.contexts,
+        )
+
+    def last(self) -> Int[Array, " R"]:
+        """Place among the tokens of each chunk's last one."""
+        return jnp.maximum(self.starts + self.lengths - 1, 0)
+
 
 def pack_prefill(shapes: Shapes, chunks: Sequence[Chunk]) -> tuple[int, np.ndarray]:
     """Pack the chunks of a step.
@@ -172,16 +186,8 @@ def prefill(model: Model, shapes: Shapes, bucket: int) -> Program:
 
     def step(params: Params, pool: Pool, packed: Array, marked: Array) -> tuple[Pool, Array, Array, Array]:
         this = Prefill.of(packed, shapes, bucket)
-        attention = partial(
-            kernels.paged_prefill_attention.attend,
-            page_table=this.page_table,
-            starts=this.starts,
-            lengths=this.lengths,
-            contexts=this.contexts,
-        )
-        module, hidden, pool = model.run(params, pool, this.tokens, this.positions, this.slots, attention)
-        last = jnp.maximum(this.starts + this.lengths - 1, 0)
-        logits = module.logits(hidden[last], model.axis)
+        module, hidden, pool = model.run(params, pool, this.tokens, this.positions, this.slots, this.attention())
+        logits = module.logits(hidden[this.last()], model.axis)
         chosen_by, wanted = sampling.unpack(this.sampling), this.samples > 0
         tokens = sampling.sample(logits, chosen_by, this.contexts + this.lengths, wanted, marked)
         of_tokens = logprobs.of_tokens(logits, tokens, chosen_by.logprobs & wanted)
@@ -191,7 +197,7 @@ def prefill(model: Model, shapes: Shapes, bucket: int) -> Program:
         return pool, tokens, of_tokens, of_prompts
 
     arguments = model.host_array(Prefill.words(shapes, bucket)), model.marks(shapes.rows)
-    return _compile_step(model, shapes, step, arguments, results=3)
+    return compile_step(model, shapes, step, arguments, results=3)
 
 
 # --- decode -----------------------------------------------------------------------------------------------------------
@@ -217,6 +223,23 @@ class DecodeState(NamedTuple):
     def of(rows: Any) -> DecodeState:
         return DecodeState(rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3:FIRST_PAGE], rows[:, FIRST_PAGE:])
 
+    def writing(self, shapes: Shapes) -> tuple[Array, Int[Array, " B"]]:
+        """Which slots take part in a step, and where their keys and values go (-1: nowhere)."""
+        size = shapes.page_size
+        # A sequence at its longest has no page for one more token: it writes nowhere.
+        active = (self.active > 0) & (self.position < shapes.table_pages * size)
+        page = jnp.take_along_axis(self.page_table, (self.position // size)[:, None], axis=1, mode="clip")[:, 0]
+        return active, jnp.where(active, page * size + self.position % size, -1)
+
+    def attention(self, active: Array) -> Program:
+        """Attention of one token per slot, for `Model.run`."""
+        lengths = jnp.where(active, self.position + 1, 0)  # the token fed in now included
+        return partial(kernels.paged_decode_attention.attend, page_table=self.page_table, lengths=lengths)
+
+    def stepped(self, rows: Array, tokens: Int[Array, " B"], active: Array) -> Array:
+        """The rows after a step that sampled these tokens."""
+        return rows.at[:, 0].set(jnp.where(active, tokens, self.token)).at[:, 1].add(active)
+
 
 FIRST_PAGE = 3 + sampling.COLUMNS
 """Column of a decode row in which the page table starts."""
@@ -227,27 +250,19 @@ def decode(model: Model, shapes: Shapes) -> Program:
     pool, state and marks are donated."""
 
     def step(params: Params, pool: Pool, rows: Array, marked: Array) -> tuple[Pool, Array, Array, Array, Array]:
-        state, size = DecodeState.of(rows), shapes.page_size
-        # A sequence at its longest has no page for one more token: it writes nowhere.
-        active = (state.active > 0) & (state.position < shapes.table_pages * size)
-        page = jnp.take_along_axis(state.page_table, (state.position // size)[:, None], axis=1, mode="clip")[:, 0]
-        slots = jnp.where(active, page * size + state.position % size, -1)
-        attention = partial(
-            kernels.paged_decode_attention.attend,
-            page_table=state.page_table,
-            lengths=jnp.where(active, state.position + 1, 0),
-        )
+        state = DecodeState.of(rows)
+        active, slots = state.writing(shapes)
+        attention = state.attention(active)
         module, hidden, pool = model.run(params, pool, state.token, state.position, slots, attention)
         logits = module.logits(hidden, model.axis)
         chosen_by = sampling.unpack(state.sampling)
         tokens = sampling.sample(logits, chosen_by, state.position + 1, active, marked)
         found = logprobs.of_tokens(logits, tokens, chosen_by.logprobs & active)
         marked = marks.count(marked, tokens, chosen_by.penalties, active)
-        rows = rows.at[:, 0].set(jnp.where(active, tokens, state.token)).at[:, 1].add(active)
-        return pool, rows, marked, tokens, found
+        return pool, state.stepped(rows, tokens, active), marked, tokens, found
 
     arguments = model.host_array(shapes.slots, DecodeState.columns(shapes)), model.marks(shapes.slots)
-    return _compile_step(model, shapes, step, arguments, results=4, donate=(1, 2, 3))
+    return compile_step(model, shapes, step, arguments, results=4, donate=(1, 2, 3))
 
 
 def mark(model: Model, shapes: Shapes, rows: int, bucket: int) -> Program:
@@ -339,7 +354,7 @@ def _compile_fresh(like: Any) -> Program:
     return compile_ahead(make, (), out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))
 
 
-def _compile_step(
+def compile_step(
     model: Model, shapes: Shapes, step: Program, arguments: Any, *, results: int, donate: tuple[int, ...] = (1,)
 ) -> Program:
     """(params, pool, further arguments) -> (pool, as many results as said, the same on every device)."""

@@ -68,7 +68,7 @@ def sample(
     sampling: Sampling,
     positions: Int[Array, " B"],
     wanted: Array | None = None,
-    marked: Int[Array, "2 B V"] | None = None,
+    marked: marks.Marks | None = None,
 ) -> Int[Array, " B"]:
     """One token per row: argmax of the logits where temperature is 0, else of logits / temperature + noise.
 
@@ -91,7 +91,7 @@ def scores(
     sampling: Sampling,
     positions: Int[Array, " B"],
     wanted: Array | None = None,
-    marked: Int[Array, "2 B V"] | None = None,
+    marked: marks.Marks | None = None,
 ) -> Float[Array, "B V"]:
     """What `sample` takes the largest of: penalised logits / temperature, cut by min_p, top_k and top_p, plus noise."""
     hot = sampling.temperature >= GREEDY_BELOW

@@ -9,6 +9,8 @@ from ds_jax.protocol import pages_for
 
 SMALLEST_STEP_TOKENS = 32
 SMALLEST_COPY_PAGES = 4
+MOST_HOST_PAGES = 64
+"""Pages that one program moves to or from host memory; further ones take further runs of it."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,10 @@ class Shapes:
     """Prompts of a prefill step."""
     token_buckets: tuple[int, ...] = ()
     """Prompt tokens of a prefill step, ascending; empty: no prefill program."""
+    mixes: bool = False
+    """Whether steps with prompt chunks and decodes have programs; else such a step runs one after the other."""
+    host_pages: int = 0
+    """Pages in host memory; 0: no programs to move them."""
 
     @property
     def table_pages(self) -> int:
@@ -36,6 +42,11 @@ class Shapes:
     def page_buckets(self) -> tuple[int, ...]:
         """Pages of a copy."""
         return powers(SMALLEST_COPY_PAGES, self.table_pages, 2)
+
+    @property
+    def host_buckets(self) -> tuple[int, ...]:
+        """Pages that go to or from host memory at a time."""
+        return powers(SMALLEST_COPY_PAGES, min(self.table_pages, MOST_HOST_PAGES), 4) if self.host_pages else ()
 
     @property
     def edit_buckets(self) -> tuple[int, ...]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from ds_jax.config import CacheConfig, Config, DecodeConfig, MixedConfig, ModelConfig, PrefillConfig
+from ds_jax.config import CacheConfig, Config, DecodeConfig, MixedConfig, ModelConfig, PrefillConfig, SchedulerConfig
 from ds_jax.protocol import Copy, Decode, Medium, Place, Prefill, Role, pages_for
 from ds_jax.runtime.executor import InProcessExecutor
 from ds_jax.runtime.instance import Result
@@ -27,11 +28,11 @@ def config_for(prefill_tp: int = 1, decode_tp: int = 1, mixed: int = 0) -> Confi
     sizes: dict[str, Any] = {"max_step_tokens": 64, "max_step_sequences": 4, "token_buckets": (64,)}
     return Config(
         model=ModelConfig(path=str(GOLDEN.folder)),
-        policy="by:hand",
+        policy="by:hand" if mixed else "disaggregated",
         prefill=PrefillConfig(tp=prefill_tp, **sizes),
         decode=DecodeConfig(tp=decode_tp, slots=4),
         mixed=MixedConfig(instances=mixed, slots=4, **sizes),
-        cache=CacheConfig(page_size=PAGE, num_pages=2048),
+        cache=CacheConfig(page_size=PAGE, num_pages=2048, host_pages=12),
     )
 
 
@@ -130,19 +131,70 @@ def test_a_sequence_replayed_into_the_slot_it_was_in_starts_from_its_new_pages(s
     assert sequence.output == alone[1][:6]
 
 
-def test_a_mixed_instance_prefills_and_decodes_in_one_step(shared: Bench, alone: list[list[int]]):
+@pytest.mark.parametrize("one_program", [True, False])
+def test_chunks_and_decodes_in_one_step_give_the_same_tokens(
+    shared: Bench, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch, one_program: bool
+):
+    """A prompt in chunks beside two sequences that decode, the second of them in a slot that another has left."""
     mixed = shared.of(Role.MIXED).id
-    first, second = (shared.add(PROMPTS[i], SAMPLED, seed=i) for i in (0, 1))
-    have = {first.id: len(shared.prefill(first, mixed))}
-    pages = shared.pages(mixed, pages_for(len(second), PAGE))
-    missing = pages_for(len(first), PAGE) - have[first.id]
-    step = shared.run(
-        mixed,
-        (Prefill(second.id, 0, len(second), True, pages),),
-        (Decode(first.id, 3, shared.pages(mixed, missing) if missing else ()),),
+    instance = shared.executor._instances[mixed]
+    monkeypatch.setattr(instance, "shapes", replace(instance.shapes, mixes=one_program))
+    first, chunked, last = (shared.add(PROMPTS[i], SAMPLED, seed=i) for i in (0, 1, 2))
+    have = {sequence.id: len(shared.prefill(sequence, mixed)) for sequence in (first, last)}
+    pages = shared.pages(mixed, pages_for(len(chunked), PAGE))
+
+    def step(prefills: tuple[Prefill, ...], slots: dict[int, Sequence]) -> None:
+        decodes = []
+        for slot, sequence in slots.items():
+            missing = pages_for(len(sequence), PAGE) - have[sequence.id]
+            decodes.append(Decode(sequence.id, slot, shared.pages(mixed, missing) if missing else ()))
+            have[sequence.id] += missing
+        assert shared.finish(shared.run(mixed, prefills, tuple(decodes))).keys() == {
+            *(sequence.id for sequence in slots.values()),
+            *(prefill.sequence for prefill in prefills if prefill.samples),
+        }
+
+    step((Prefill(chunked.id, 0, 10, False, pages),), {3: first})
+    step((Prefill(chunked.id, 10, 20, False), Prefill(chunked.id, 30, 0, False)), {3: first, 0: last})
+    step((Prefill(chunked.id, 30, 7, True),), {3: last})
+    have[chunked.id] = len(pages)
+    step((), {3: last, 1: chunked})
+    assert [s.output for s in (first, chunked, last)] == [alone[0][:3], alone[1][:2], alone[2][:4]]
+
+
+def test_log_probabilities_and_penalties_are_the_same_in_mixed_steps(shared: Bench):
+    asks = SamplingParams(
+        temperature=0.7,
+        repetition_penalty=1.3,
+        logit_bias={7: 2.0},
+        logprobs=2,
+        prompt_logprobs=1,
+        presence_penalty=0.5,
     )
-    assert shared.finish(step).keys() == {first.id, second.id}
-    assert (first.output, second.output) == (alone[0][:2], alone[1][:1])
+    mixed = shared.of(Role.MIXED).id
+    found = []
+    for together in (False, True):
+        decoded, prompted = shared.add([5, 6, 7], asks, seed=3), shared.add([9] * 6, asks, seed=4)
+        shared.prefill(decoded, mixed)
+        prefills = (Prefill(prompted.id, 0, 6, True, shared.pages(mixed, 1)),)
+        decodes = (Decode(decoded.id, 2),)
+        steps = [(prefills, decodes)] if together else [(prefills, ()), ((), decodes)]
+        scores = []
+        for step in steps:
+            shared.finish(id := shared.run(mixed, *step))
+            scores.append(shared.scores[id])
+        tokens = [one for score in scores for one in score.tokens.values()]
+        prompts = [one for score in scores for one in score.prompts.values()]
+        found.append((decoded.output, prompted.output, tokens, prompts))
+    apart, together_ = found
+    assert apart[:2] == together_[:2]
+    assert [len(one) for one in apart[2:]] == [len(one) for one in together_[2:]] == [2, 1]
+    for one, other in zip(apart[2], together_[2], strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert [token for token, _ in one.top] == [token for token, _ in other.top]
+    assert [one.logprob for one in apart[3][0][1]] == pytest.approx(
+        [one.logprob for one in together_[3][0][1]], abs=1e-4
+    )
 
 
 def test_a_prefill_that_does_not_sample_emits_nothing(shared: Bench):
@@ -161,6 +213,75 @@ def test_a_series_of_copies_brings_a_prompt_page_by_page(shared: Bench, alone: l
     have = {sequence.id: sum(len(shared.finish_copy(copy)) for copy in copies)}
     shared.finish(shared.decode({1: sequence}, destination, have))
     assert sequence.output == alone[1][:2]
+
+
+def test_pages_move_between_any_two_instances(shared: Bench, alone: list[list[int]]):
+    """From a prefill instance to a mixed one, on to the decode instance, back, and to the prefill instance for good."""
+    prefill, decode, mixed = (shared.of(role).id for role in (Role.PREFILL, Role.DECODE, Role.MIXED))
+    sequence = shared.add(PROMPTS[1], SAMPLED, seed=1)
+    pages, at = shared.prefill(sequence, prefill), prefill
+    for to in (mixed, decode, mixed, prefill, decode):
+        pages, at = shared.finish_copy(shared.start_copy(sequence, at, pages, to)), to
+        if at != prefill:
+            have = {sequence.id: len(pages)}
+            shared.finish(shared.decode({1: sequence}, at, have))
+            pages = shared.executor._instances[at].tables[sequence.id]
+    assert sequence.output == alone[1][:5]
+
+
+# --- host memory ------------------------------------------------------------------------------------------------------
+
+
+def swap(b: Bench, sequence: Sequence, instance: int, pairs: tuple[tuple[int, int], ...], out: bool) -> Copy:
+    """Start a copy between an instance and its own host memory."""
+    b._ids += 1
+    epoch = b.instances[instance].epoch
+    ends = Place(instance, epoch), Place(instance, epoch, Medium.HOST)
+    copy = Copy(b._ids, sequence.id, *(ends if out else ends[::-1]), pairs)
+    b.executor.copy(copy)
+    return copy
+
+
+@pytest.mark.parametrize("role", [Role.DECODE, Role.MIXED])
+def test_a_sequence_that_was_swapped_out_goes_on_where_it_was(shared: Bench, alone: list[list[int]], role: Role):
+    instance, sequence = shared.of(role), shared.add(PROMPTS[1], SAMPLED, seed=1)
+    prefill = shared.of(Role.PREFILL).id
+    here = shared.prefill(sequence, prefill)
+    pages = shared.finish_copy(shared.start_copy(sequence, prefill, here, instance.id))
+    have = {sequence.id: len(pages)}
+    for _ in range(3):
+        shared.finish(shared.decode({1: sequence}, instance.id, have))
+        pages = shared.executor._instances[instance.id].tables[sequence.id]
+        places = [(7 * i + 3) % instance.host_pages for i in range(len(pages))]
+        shared.finish_copy(swap(shared, sequence, instance.id, tuple(zip(pages, places, strict=True)), out=True))
+        shared.finish(shared.run(instance.id))  # the slot is empty meanwhile
+        fresh = shared.pages(instance.id, len(pages))
+        shared.finish_copy(swap(shared, sequence, instance.id, tuple(zip(places, fresh, strict=True)), out=False))
+        have = {sequence.id: len(fresh)}
+    shared.finish(shared.decode({2: sequence}, instance.id, have))
+    assert sequence.output == alone[1][:5]
+
+
+def test_a_swap_never_holds_up_the_thread_that_starts_it(shared: Bench, monkeypatch: pytest.MonkeyPatch):
+    instance, sequence = shared.of(Role.MIXED).id, shared.add(PROMPTS[1])
+    pages = shared.prefill(sequence, instance)
+    host, go = shared.executor._instances[instance].host, threading.Event()
+    down = host.down
+    monkeypatch.setattr(host, "down", lambda pages: go.wait(30) and down(pages))
+    copy = swap(shared, sequence, instance, ((pages[0], 0),), out=True)
+    assert shared.finish(shared.run(instance)) == {}, "a step started later is done earlier"
+    assert copy.id not in shared.copies
+    go.set()
+    shared.finish_copy(copy)
+
+
+def test_a_swap_that_cannot_be_is_answered_once(shared: Bench):
+    instance, sequence = shared.of(Role.MIXED), shared.add([1])
+    for pages, out in ((((0, instance.host_pages),), True), (((-1, 0),), False)):
+        copy = swap(shared, sequence, instance.id, pages, out)
+        shared.wait(lambda copy=copy: copy.id in shared.copies)
+        assert not shared.copies[copy.id]
+    assert shared.instances[instance.id].epoch == 0
 
 
 def test_source_pages_may_be_overwritten_by_steps_that_follow_a_copy(shared: Bench, alone: list[list[int]]):
@@ -190,7 +311,7 @@ def test_copies_that_cannot_be_are_answered_once(shared: Bench):
     wrong = [
         (Place(source.id, source.epoch + 1), there),
         (here, Place(destination.id, destination.epoch + 1)),
-        (there, here),
+        (here, here),
         (here, there._replace(medium=Medium.HOST)),
     ]
     for number, ends in enumerate(wrong):
@@ -212,6 +333,21 @@ def fragile(tmp_path: Any) -> Iterator[Bench]:
         prefill=PrefillConfig(max_step_tokens=32, max_step_sequences=2),
         decode=DecodeConfig(slots=2),
         cache=CacheConfig(page_size=8, num_pages=64),
+    )
+    with bench(config) as b:
+        yield b
+
+
+@pytest.fixture
+def swapping(tmp_path: Any) -> Iterator[Bench]:
+    config = Config(
+        model=ModelConfig(path=write_config(tmp_path), load_format="dummy"),
+        policy="colocated",
+        prefill=PrefillConfig(instances=0),
+        decode=DecodeConfig(instances=0),
+        mixed=MixedConfig(instances=1, max_step_tokens=32, max_step_sequences=2, slots=2),
+        cache=CacheConfig(page_size=8, num_pages=64, host_pages=4),
+        scheduler=SchedulerConfig(preemption="swap"),
     )
     with bench(config) as b:
         yield b
@@ -265,6 +401,25 @@ def test_copies_of_a_lost_instance_fail_once_and_are_never_inserted(
     while not b.calls.empty():
         b.turn()
     assert sequence.id not in b.executor._instances[1].tables
+
+
+@pytest.mark.parametrize("out", [True, False])
+def test_a_lost_instance_loses_its_host_pages_and_answers_no_swap_of_that_life(swapping: Bench, out: bool):
+    """Both ends of a swap die together, so that nobody waits for an answer."""
+    b, sequence = swapping, swapping.add([1, 2, 3])
+    b.finish_copy(swap(b, sequence, 0, ((b.prefill(sequence, 0)[0], 0),), out=True))
+    copy = swap(b, sequence, 0, ((0, 1),), out)
+    b.executor._lose(0, 0, "for the test")
+    assert b.heard[-2:] == [("lost", 0, 0), ("up", 0, 1)]
+    b.finish(b.run(0))
+    b.executor._swaps[0].close()
+    while not b.calls.empty():
+        b.turn()
+    assert copy.id not in b.copies
+    assert not b.executor._instances[0].tables
+    late = swap(b, sequence, 0, ((0, 0),), out=False)  # of a page that this life never wrote
+    b.wait(lambda: ("up", 0, 2) in b.heard)
+    assert late.id not in b.copies
 
 
 def test_an_instance_that_fails_again_and_again_stays_lost(fragile: Bench, monkeypatch: pytest.MonkeyPatch):

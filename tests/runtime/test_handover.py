@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -33,10 +34,12 @@ def architecture(kv_heads: int) -> Architecture:
     return Architecture("llama", 16, 8, LAYERS, 12, kv_heads, HEAD_DIM, 8, 16)
 
 
-def instance(tp: int, first_device: int, kv_heads: int, dtype: Any, rng: np.random.Generator) -> Instance:
+def instance(
+    tp: int, first_device: int, kv_heads: int, dtype: Any, rng: np.random.Generator, shapes: Shapes = SHAPES
+) -> Instance:
     """An instance with nothing but a pool of random bits; copies of a head are equal."""
     mesh = make_mesh(jax.devices()[first_device : first_device + tp], tp)
-    made = Instance(first_device, Role.PREFILL, Model(architecture(kv_heads), dtype, mesh, None, {}), SHAPES)
+    made = Instance(first_device, Role.PREFILL, Model(architecture(kv_heads), dtype, mesh, None, {}), shapes)
     sharding = NamedSharding(mesh, spec_of(POOL_AXES))
 
     def layer() -> jax.Array:
@@ -104,6 +107,37 @@ def test_pages_arrive_bit_for_bit(tps: tuple[int, int], kv_heads: int, dtype: An
     assert np.array_equal(bits(destination.pool, kv_heads), expected)
     assert np.array_equal(bits(source.pool, kv_heads), sent)
     assert destination.tables == {5: there}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_pages_come_back_from_host_memory_bit_for_bit(tp: int, dtype: Any, host_reads: list[str]):
+    """More pages than one program moves, in two copies, read back in another order into other pages."""
+    rng = np.random.default_rng(0)
+    swapping = replace(SHAPES, host_pages=7)
+    source = instance(tp, 0, 4, dtype, rng, swapping)
+    other = instance(tp, 4, 4, dtype, rng, swapping)
+    for one in (source, other):
+        for compile in one.compilations(set(), set()):
+            compile()
+    sent = bits(source.pool, 4)
+    expected = bits(other.pool, 4)
+
+    host_reads.clear()
+    for pages, places in (([8, 0, 3, 5, 1], [6, 0, 4, 1, 3]), ([2, 7], [0, 2])):  # place 0 is written again
+        down = jax.block_until_ready(source.host.down(source.read(pages)))
+        assert {page.sharding.memory_kind for page in down} == {"pinned_host"}
+        source.host.keep(places, down)
+    copy = Copy(0, 5, Place(0, 0), Place(0, 0), ((0, 1), (6, 0), (2, 8), (4, 3), (3, 4)))
+    pages = jax.block_until_ready(other.host.up(source.host.at([0, 6, 2, 4, 3])))
+    other.restore(copy, pages)
+    jax.block_until_ready(other.pool)
+    assert not host_reads
+
+    expected[:, :, [1, 0, 8, 3, 4]] = sent[:, :, [2, 8, 7, 3, 1]]
+    assert np.array_equal(bits(other.pool, 4), expected)
+    assert np.array_equal(bits(source.pool, 4), sent)
+    assert other.tables == {5: [1, 0, 8, 3, 4]}
 
 
 def test_handing_whole_arrays_over_would_go_through_the_host(host_reads: list[str]):
