@@ -1,35 +1,50 @@
-"""FCFS decoding on one instance: pulls, running batches over lanes, preemption (DistServe, section 4.3)."""
+"""What one instance decodes: hand-overs that it has still to pull, what has landed, and the batches of its lanes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import chain
+from typing import TYPE_CHECKING
 
-from ds_jax.protocol import Copy, Decode, Instance, Step, pages_for
-from ds_jax.scheduling.flight import STEPS_PER_LANE, Flight, InstanceState
+from ds_jax.protocol import Copy, pages_for
+from ds_jax.scheduling.batch import RunningBatch
+from ds_jax.scheduling.flight import Flight
 from ds_jax.scheduling.ledger import Lease
 from ds_jax.scheduling.sequence import Phase, Sequence
 
+if TYPE_CHECKING:
+    from ds_jax.scheduling.worker import Worker
 
-class DecodeState(InstanceState):
-    """The hand-overs that one decode instance has still to pull, and its running batches, one per lane."""
 
-    def __init__(self, instance: Instance, pull_watermark: float):
-        super().__init__(instance)
-        self.pull_limit = pull_watermark * instance.pages
+class Decoding:
+    """First come, first served on one instance (DistServe, section 4.3): pulls, and slots in the lanes."""
+
+    def __init__(self, worker: Worker, pull_watermark: float):
+        instance = worker.instance
         self.inbox: dict[int, Sequence] = {}
-        """Finished prefills assigned to this instance and not pulled yet, FIFO."""
+        """Finished prefills of other instances, assigned to this one and not pulled yet, FIFO."""
         self.inbox_pages = 0
+        self.siblings: dict[int, Sequence] = {}
+        """Prefilled here beside others of their request: each needs a last page of its own before it can decode."""
         self.landed: dict[int, Sequence] = {}
-        """Pulled, waiting for a slot, FIFO."""
+        """Their pages are here; they wait for a slot, FIFO."""
         self.waiting_pages = 0
-        """Pages of sequences on their way here or landed: pulled, but without a slot."""
-        self.batches: list[dict[int, Sequence]] = [{} for _ in range(instance.lanes)]
-        self.free_slots = [list(range(instance.slots - 1, -1, -1)) for _ in range(instance.lanes)]
+        """Pages of sequences on their way here or landed: without a slot."""
+        self.batches = [RunningBatch(instance.slots, worker.ledger) for _ in range(instance.lanes)]
+        self._worker = worker
+        self._ledger = worker.ledger
+        self._page_size = instance.page_size
+        self._pull_limit = pull_watermark * instance.pages
 
     @property
-    def load(self) -> int:
-        """Pages in use or promised: what dispatch compares."""
-        return self.ledger.used + self.inbox_pages
+    def running(self) -> Iterator[Sequence]:
+        """All that have a slot."""
+        return chain.from_iterable(batch.sequences.values() for batch in self.batches)
+
+    @property
+    def count(self) -> int:
+        """Sequences that decode here, or will when they get a slot."""
+        return len(self.landed) + len(self.siblings) + sum([len(batch.sequences) for batch in self.batches])
 
     # --- hand-over ----------------------------------------------------------------------------------------------------
 
@@ -52,20 +67,16 @@ class DecodeState(InstanceState):
         pages of the prompt that a sequence of the same request has here already are shared, not pulled again.
         """
         sequence = next(iter(self.inbox.values()), None)
-        if sequence is None or (self.waiting_pages and self.waiting_pages >= self.pull_limit):
+        if sequence is None or (self.waiting_pages and self.waiting_pages >= self._pull_limit):
             return None
         relatives = [relative for relative in sequence.family if relative is not sequence]
         if any(relative.copy is not None and self._receives(relative, flight) for relative in relatives):
             return None  # its pages can be shared as soon as they have landed
         shared = next((self._shareable(relative) for relative in relatives if self._holds(relative)), [])
-        if not self.ledger.can_take(sequence.tokens, len(shared)):
+        if not self._ledger.can_take(sequence.tokens, len(shared)):
             return None
         self.withdraw(sequence)
-        lease = self.ledger.take(sequence.tokens - 1, shared)
-        self.waiting_pages += len(lease.pages)
-        copy = flight.launch_copy(sequence, sequence.home, self, lease, len(shared))
-        sequence.phase = Phase.COPYING
-        return copy
+        return self._begin_copy(sequence, shared, flight)
 
     def expects(self, sequence: Sequence, flight: Flight) -> bool:
         """Whether the sequence's pages are here, on their way here, or to be pulled by this instance."""
@@ -75,113 +86,92 @@ class DecodeState(InstanceState):
             or (sequence.copy is not None and self._receives(sequence, flight))
         )
 
+    def stay(self, sequence: Sequence) -> None:
+        """A finished prefill of this instance goes on here, where its pages are."""
+        if len(sequence.family) == 1 or self._owns_last_page(sequence):
+            self.land(sequence)
+        else:
+            self.siblings[sequence.id] = sequence
+
+    def separate(self, flight: Flight) -> Copy | None:
+        """Give a sibling a last page of its own. The last one left has the old page to itself, and lands as it is."""
+        for sequence in list(self.siblings.values()):
+            if sequence.id not in self.siblings:
+                continue  # preempted for the one before it
+            full = self._shareable(sequence)
+            if self._owns_last_page(sequence):
+                del self.siblings[sequence.id]
+                self.land(sequence)
+            elif self._ledger.free or self._worker.find_page(sequence):
+                del self.siblings[sequence.id]
+                return self._begin_copy(sequence, full, flight)
+        return None
+
+    def _begin_copy(self, sequence: Sequence, shared: list[int], flight: Flight) -> Copy:
+        lease = self._ledger.take(sequence.tokens - 1, shared)
+        self.waiting_pages += len(lease.pages)
+        copy = flight.launch_copy(sequence, sequence.home, self._worker, lease, len(shared))
+        sequence.phase = Phase.COPYING
+        return copy
+
+    def _owns_last_page(self, sequence: Sequence) -> bool:
+        """Whether nobody else holds a page to which it will write."""
+        assert sequence.lease is not None
+        pages = sequence.lease.pages
+        return all(self._ledger.references(page) == 1 for page in pages[len(self._shareable(sequence)) :])
+
     def _receives(self, sequence: Sequence, flight: Flight) -> bool:
-        return flight.copy_of(sequence).destination[0] is self
+        return flight.copy_of(sequence).destination[0] is self._worker
 
     def _holds(self, sequence: Sequence) -> bool:
-        return sequence.home is self and sequence.phase in (Phase.LANDED, Phase.RUNNING)
+        return sequence.home is self._worker and sequence.phase in (Phase.LANDED, Phase.RUNNING)
 
     def _shareable(self, sequence: Sequence) -> list[int]:
         """Pages of the sequence that hold nothing but its prompt, and are full: nobody writes to them any more."""
         assert sequence.lease is not None
-        return sequence.lease.pages[: sequence.request.prompt_tokens // self.instance.page_size]
+        return sequence.lease.pages[: sequence.request.prompt_tokens // self._page_size]
 
     def land(self, sequence: Sequence) -> None:
-        """Its pages are here; `lease` and `home` are this instance's from now on."""
-        sequence.home = self
+        """Its pages are here, and counted in `waiting_pages` from now on; it waits for a slot."""
+        assert sequence.lease is not None
+        sequence.home = self._worker
         sequence.phase = Phase.LANDED
         self.landed[sequence.id] = sequence
+        self.waiting_pages += len(sequence.lease.pages)
+
+    def receive(self, sequence: Sequence, lease: Lease) -> None:
+        """The copy of its pages into this lease has landed."""
+        self.waiting_pages -= len(lease.pages)
+        sequence.lease, sequence.copy = lease, None
+        self.land(sequence)
 
     def forgo(self, lease: Lease) -> None:
         """The pages reserved for a sequence on its way here are not wanted any more."""
         self.waiting_pages -= len(lease.pages)
-        self.ledger.drop(lease)
+        self._ledger.drop(lease)
 
-    # --- decoding -----------------------------------------------------------------------------------------------------
+    # --- slots --------------------------------------------------------------------------------------------------------
 
-    def plan(self, flight: Flight) -> tuple[list[Step], list[Sequence]]:
-        """Steps for all lanes that can take one, and the sequences preempted to make room for them."""
-        self._admit()
-        steps: list[Step] = []
-        preempted: list[Sequence] = []
-        for lane, batch in enumerate(self.batches):
-            while batch and self.in_flight[lane] < STEPS_PER_LANE:
-                decodes = self._next_decodes(batch, preempted)
-                if not decodes:
-                    break
-                sequences = [batch[decode.sequence] for decode in decodes]
-                for sequence in sequences:
-                    sequence.planned += 1
-                steps.append(flight.launch(self, lane, sequences, decodes=tuple(decodes)))
-        return steps, preempted
-
-    def _admit(self) -> None:
+    def admit(self) -> None:
         """Give landed sequences a slot, oldest landing first, in the lane with the smallest batch."""
         while self.landed:
-            lane = min(range(len(self.batches)), key=lambda lane: len(self.batches[lane]))
-            if not self.free_slots[lane]:
+            batch = min(self.batches, key=lambda batch: len(batch.sequences))
+            if not batch.slots:
                 return
             sequence = self.landed.pop(next(iter(self.landed)))
             assert sequence.lease is not None
             self.waiting_pages -= len(sequence.lease.pages)
-            sequence.lane, sequence.slot = lane, self.free_slots[lane].pop()
-            sequence.phase = Phase.RUNNING
-            self.batches[lane][sequence.id] = sequence
+            batch.join(sequence)
 
-    def _next_decodes(self, batch: dict[int, Sequence], preempted: list[Sequence]) -> list[Decode]:
-        page_size = self.instance.page_size
-        decodes = []
-        for sequence in list(batch.values()):
-            request = sequence.request
-            # A member may have been preempted in this very loop. One whose last token is in flight has nothing to plan.
-            if sequence.phase is not Phase.RUNNING or sequence.emitted + sequence.planned >= request.max_tokens:
-                continue
-            if request.lockstep and sequence.planned:
-                continue
-            new_pages: tuple[int, ...] = ()
+    def remove(self, sequence: Sequence) -> None:
+        """Take a landed or running sequence or a sibling out; its pages are the caller's to drop."""
+        if sequence.phase is Phase.RUNNING:
+            assert sequence.batch is not None
+            sequence.batch.leave(sequence)
+        elif self.siblings.pop(sequence.id, None) is None:
             assert sequence.lease is not None
-            if request.prompt_tokens + sequence.emitted + sequence.planned > len(sequence.lease.pages) * page_size:
-                if not self._make_room(sequence, preempted):
-                    continue
-                new_pages = self.ledger.grow(sequence.lease, 1)
-            decodes.append(Decode(sequence.id, sequence.slot, new_pages))
-        return [decode for decode in decodes if decode.sequence in batch] if preempted else decodes
-
-    def _make_room(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
-        """Free a page for the sequence by preempting the newest; the oldest is never preempted.
-
-        False if it must sit this step out: pages are about to come free, or it was itself the newest.
-        """
-        while not self.ledger.free:
-            if self.ledger.leaving:
-                return False
-            members = list(chain(self.landed.values(), *(batch.values() for batch in self.batches)))
-            victim = max(members, key=lambda member: member.order)
-            if len(members) == 1:
-                return False  # the rest of the pool is on its way in, and can be preempted once it has landed
-            self.evict(victim)
-            preempted.append(victim)
-            if victim is sequence:
-                return False
-        return True
-
-    def finish_step(self, sequence: Sequence, emitted: int) -> None:
-        """One decode of the sequence is done and `emitted` (0 or 1) tokens of it were kept."""
-        sequence.planned -= 1
-        sequence.emitted += emitted
-
-    def evict(self, sequence: Sequence) -> None:
-        """Take a landed or running sequence out and drop its pages; steps in flight still pin them."""
-        assert sequence.lease is not None
-        if sequence.phase is Phase.LANDED:
             del self.landed[sequence.id]
             self.waiting_pages -= len(sequence.lease.pages)
-        else:
-            del self.batches[sequence.lane][sequence.id]
-            self.free_slots[sequence.lane].append(sequence.slot)
-        self.ledger.drop(sequence.lease)
-        sequence.lease = None
-        sequence.phase = Phase.LEAVING
 
     def _pages(self, sequence: Sequence) -> int:
-        return pages_for(sequence.tokens, self.instance.page_size)
+        return pages_for(sequence.tokens, self._page_size)

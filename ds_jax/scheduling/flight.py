@@ -2,55 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence as Many
+from typing import TYPE_CHECKING, NamedTuple
 
-from ds_jax.protocol import Copy, Decode, Instance, Place, Prefill, Step
-from ds_jax.scheduling.ledger import Lease, PageLedger
+from ds_jax.protocol import Copy, Decodes, Prefill, Step
+from ds_jax.scheduling.ledger import Lease
 from ds_jax.scheduling.sequence import Sequence
+
+if TYPE_CHECKING:
+    from ds_jax.scheduling.worker import Worker
 
 STEPS_PER_LANE = 2
 """One running, one queued: the device never waits for the scheduler, and plans are at most one step stale."""
 
 
-class InstanceState:
-    """One living epoch of an instance: its pages and the steps in flight on each lane."""
-
-    def __init__(self, instance: Instance):
-        self.instance = instance
-        self.ledger = PageLedger(instance.pages, instance.page_size)
-        self.in_flight = [0] * instance.lanes
-        self.alive = True
-        self.draining = False
-
-    @property
-    def place(self) -> Place:
-        return Place(self.instance.id, self.instance.epoch)
-
-    def free_lane(self) -> int | None:
-        """The lane with the fewest steps in flight, if it may have another."""
-        lane = min(range(len(self.in_flight)), key=self.in_flight.__getitem__)
-        return lane if self.in_flight[lane] < STEPS_PER_LANE else None
-
-
-@dataclass(frozen=True, slots=True)
-class StepInFlight:
-    """`work` has, in the order of the step's prefills then decodes, the sequence and the lease that it pins.
-
-    `state`, here and in a copy, is an InstanceState of whatever kind the policy made.
-    """
-
+class StepInFlight(NamedTuple):
     step: Step
-    state: Any
-    work: tuple[tuple[Sequence, Lease], ...]
+    worker: Worker
+    prefills: tuple[tuple[Sequence, Lease], ...]
+    """Of each of the step's prefills, the sequence and the lease that it pins. The lane's batch knows the decodes."""
 
 
 class CopyInFlight(NamedTuple):
     copy: Copy
     sequence: Sequence
-    source: tuple[Any, Lease]
-    destination: tuple[Any, Lease]
+    source: tuple[Worker, Lease]
+    destination: tuple[Worker, Lease]
 
 
 class Flight:
@@ -63,38 +40,38 @@ class Flight:
         self._next_copy = 0
 
     def launch(
-        self,
-        state: InstanceState,
-        lane: int,
-        sequences: Iterable[Sequence],
-        prefills: tuple[Prefill, ...] = (),
-        decodes: tuple[Decode, ...] = (),
+        self, worker: Worker, lane: int, prefills: Many[tuple[Sequence, Prefill]] = (), decodes: Decodes | None = None
     ) -> Step:
-        """A new step on this lane; `sequences` in the order of its prefills then decodes."""
-        step = Step(self._next_step, state.instance.id, state.instance.epoch, lane, prefills, decodes)
-        self._next_step += 1
+        """A new step on this lane, of chunks with their sequences, and of what `RunningBatch.decodes` just gave."""
+        id = self._next_step
+        self._next_step = id + 1
+        instance = worker.instance
         work = []
-        for sequence in sequences:
+        for sequence, _ in prefills:
             assert sequence.lease is not None
             sequence.steps += 1
             sequence.lease.pins += 1
             work.append((sequence, sequence.lease))
-        self._steps[step.id] = StepInFlight(step, state, tuple(work))
-        state.in_flight[lane] += 1
+        chunks = tuple([prefill for _, prefill in prefills])
+        step = Step(id, instance.id, instance.epoch, lane, chunks, decodes or ())
+        if decodes:
+            worker.decoding.batches[lane].launched(id)
+        self._steps[id] = StepInFlight(step, worker, tuple(work))
+        worker.in_flight[lane] += 1
         return step
 
     def land(self, step: int) -> StepInFlight | None:
-        """Unpin what the step named; None if it is unknown or its epoch has died."""
+        """Unpin what the step's chunks named; None if it is unknown or its epoch has died."""
         flight = self._steps.pop(step, None)
         if flight is not None:
-            flight.state.in_flight[flight.step.lane] -= 1
-            for sequence, lease in flight.work:
+            flight.worker.in_flight[flight.step.lane] -= 1
+            for sequence, lease in flight.prefills:
                 sequence.steps -= 1
-                flight.state.ledger.unpin(lease)
+                flight.worker.ledger.unpin(lease)
         return flight
 
     def launch_copy(
-        self, sequence: Sequence, source: InstanceState, destination: InstanceState, lease: Lease, shared: int = 0
+        self, sequence: Sequence, source: Worker, destination: Worker, lease: Lease, shared: int = 0
     ) -> Copy:
         """Move the pages of the sequence's lease into `lease` at the destination; the first `shared` are there."""
         assert sequence.lease is not None
@@ -103,8 +80,8 @@ class Flight:
         copy = Copy(self._next_copy, sequence.id, source.place, destination.place, pages, shared=held)
         self._next_copy += 1
         flight = CopyInFlight(copy, sequence, (source, sequence.lease), (destination, lease))
-        for state, end in (flight.source, flight.destination):
-            state.ledger.pin(end)
+        for worker, end in (flight.source, flight.destination):
+            worker.ledger.pin(end)
         self._copies[copy.id] = flight
         sequence.copy = copy.id
         return copy
@@ -113,8 +90,8 @@ class Flight:
         """Unpin both ends; None if the copy is unknown or both its ends have died."""
         flight = self._copies.pop(copy, None)
         if flight is not None:
-            for state, lease in (flight.source, flight.destination):
-                state.ledger.unpin(lease)
+            for worker, lease in (flight.source, flight.destination):
+                worker.ledger.unpin(lease)
         return flight
 
     def copy_of(self, sequence: Sequence) -> CopyInFlight:
@@ -122,12 +99,11 @@ class Flight:
         assert sequence.copy is not None
         return self._copies[sequence.copy]
 
-    def lose(self, state: InstanceState) -> None:
-        """The state's epoch dies: its steps will never land, nor copies of which both ends are dead."""
-        state.alive = False
-        for id in [id for id, flight in self._steps.items() if flight.state is state]:
-            for sequence, _ in self._steps.pop(id).work:
-                sequence.steps -= 1
+    def lose(self, worker: Worker) -> None:
+        """The worker's epoch dies: its steps will never land, nor copies of which both ends are dead."""
+        worker.alive = False
+        for id in [id for id, flight in self._steps.items() if flight.worker is worker]:
+            del self._steps[id]
         for id, flight in list(self._copies.items()):
             if not flight.source[0].alive and not flight.destination[0].alive:
                 del self._copies[id]

@@ -3,11 +3,11 @@
 ::
 
     WAITING ──▶ PREFILLING ──▶ READY ──▶ COPYING ──▶ LANDED ──▶ RUNNING ──▶ ENDED
-       ▲             │            ▲          │          │           │
-       │             │            └── copy failed       │           │
-       │             │ instance lost                    │ preempted │
-       │             │                                  ▼           ▼
-       └─────────────┴────────────────────────────────── LEAVING ◀──┘
+       ▲             │           │ ▲         │          ▲          │
+       │             │           │ └─ copy ──┘          │          │
+       │             │           │   failed             │          │ preempted
+       │   instance  │           └── stays where it is ─┘          ▼
+       └── lost ─────┴────────────────────────────────────────── LEAVING
                           replays when its last steps in flight are done
 """
 
@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 from ds_jax.protocol import Request
 
 if TYPE_CHECKING:
+    from ds_jax.scheduling.batch import RunningBatch
     from ds_jax.scheduling.ledger import Lease
 
 
 class Phase(enum.Enum):
     WAITING = enum.auto()
-    """In a prefill queue, or waiting for a prefill instance to exist."""
+    """In the queue of an instance, or of the policy until an instance takes it."""
     FOLLOWING = enum.auto()
     """Waits to sample from the prefill of another sequence of the same request, its leader."""
     PREFILLING = enum.auto()
@@ -34,7 +35,7 @@ class Phase(enum.Enum):
     COPYING = enum.auto()
     """A copy is in flight; both ends are reserved."""
     LANDED = enum.auto()
-    """Its pages are on the decode instance; it waits for a slot."""
+    """Its pages are on the instance that will decode it; it waits for a slot."""
     RUNNING = enum.auto()
     """Has a slot in a running batch."""
     LEAVING = enum.auto()
@@ -47,22 +48,28 @@ class Sequence:
     """Counts and whereabouts of one living sequence."""
 
     __slots__ = (
+        "batch",
         "charged",
         "copy",
-        "emitted",
+        "counted",
+        "ends_at",
         "family",
         "forks",
+        "grows_at",
         "home",
         "id",
-        "lane",
+        "joined",
         "lease",
         "order",
         "phase",
-        "planned",
+        "pinned",
         "prefilled",
         "request",
+        "sampling",
         "slot",
+        "steady",
         "steps",
+        "ticks",
     )
 
     def __init__(self, request: Request, order: int, id: int | None = None):
@@ -71,27 +78,53 @@ class Sequence:
         self.order = order
         """Place in the order of arrival: lower is older."""
         self.phase = Phase.WAITING
-        self.emitted = 0
-        """Output tokens confirmed."""
-        self.planned = 0
-        """Output tokens that steps in flight will sample."""
-        self.prefilled = 0
-        """Tokens whose prefill is planned, in the present replay."""
-        self.charged = 0
-        """Tokens that its prefill counts in the load of the instance where it waits."""
-        self.steps = 0
-        """Steps in flight that name it."""
         self.home: Any = None
-        """The instance state whose queue or batch it is in."""
+        """The Worker where it waits, or where its pages are."""
         self.lease: Lease | None = None
-        self.lane = 0
-        self.slot = 0
         self.copy: int | None = None
         """Copy in flight."""
         self.forks: list[Sequence] = []
         """Sequences that follow this one: n > 1 outputs share the prefill of their prompt."""
         self.family: list[Sequence] = [self]
         """All sequences of the request."""
+
+        self.prefilled = 0
+        """Tokens whose prefill is planned, in the present replay."""
+        self.charged = 0
+        """Tokens that its prefill counts in the load of the instance where it waits."""
+        self.steps = 0
+        """Steps in flight that prefill it."""
+        self.sampling = 0
+        """Output tokens that those will sample: 0 or 1."""
+
+        self.counted = 0
+        """Output tokens confirmed; while it is steady, before it became so."""
+        self.batch: RunningBatch | None = None
+        """The running batch that it is in, or that has steps in flight of it."""
+        self.slot = 0
+        self.steady = False
+        """It is in every decode step of its batch from number `joined` on, as `RunningBatch` explains."""
+        self.joined = 0
+        self.grows_at = self.ends_at = -1
+        """Numbers of the decode step that needs another page, and of the first that it is not in any more."""
+        self.ticks: list[int] = []
+        """While it is not steady: numbers of the decode steps in flight that it is in."""
+        self.pinned: Lease | None = None
+        """While there are such: the pages that they use."""
+
+    @property
+    def emitted(self) -> int:
+        """Output tokens confirmed."""
+        if self.steady and self.batch is not None and self.batch.done > self.joined:
+            return self.counted + self.batch.done - self.joined
+        return self.counted
+
+    @property
+    def planned(self) -> int:
+        """Output tokens that steps in flight will sample."""
+        if self.steady and self.batch is not None:
+            return self.batch.planned - max(self.batch.done, self.joined)
+        return self.sampling + len(self.ticks)
 
     @property
     def tokens(self) -> int:
@@ -107,3 +140,8 @@ class Sequence:
     def has_more(self) -> bool:
         """Whether another token may be planned on top of those in flight."""
         return self.emitted + self.planned < self.request.max_tokens
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether steps in flight name it."""
+        return bool(self.steps or self.ticks or (self.steady and self.planned))

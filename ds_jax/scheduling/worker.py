@@ -1,0 +1,94 @@
+"""One living epoch of an instance, as schedulers see it: its pages, its prompts, its batches, its steps in flight."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+from ds_jax.protocol import Decodes, Instance, Place, Role
+from ds_jax.scheduling.decode import Decoding
+from ds_jax.scheduling.flight import STEPS_PER_LANE
+from ds_jax.scheduling.ledger import PageLedger
+from ds_jax.scheduling.prefill import Prompts
+from ds_jax.scheduling.sequence import Phase, Sequence
+
+
+class Worker:
+    """What a policy plans for. Every worker has both sides; which of them it uses is the policy's to say."""
+
+    def __init__(self, instance: Instance, pull_watermark: float = 1.0):
+        self.instance = instance
+        self.ledger = PageLedger(instance.pages, instance.page_size)
+        self.in_flight = [0] * instance.lanes
+        self.alive = True
+        self.draining = False
+        self.prompts = Prompts(instance, self.ledger)
+        self.decoding = Decoding(self, pull_watermark)
+        self.preempted: list[Sequence] = []
+        """Preempted since the policy last looked; they replay when nothing of them is in flight."""
+
+    @property
+    def place(self) -> Place:
+        return Place(self.instance.id, self.instance.epoch)
+
+    @property
+    def prefills(self) -> bool:
+        """Whether its role lets it run prompts."""
+        return self.instance.role is not Role.DECODE
+
+    @property
+    def decodes(self) -> bool:
+        """Whether its role lets it generate."""
+        return self.instance.role is not Role.PREFILL
+
+    @property
+    def load(self) -> int:
+        """Tokens in its pages, promised to it, or waiting for their prefill: what dispatch compares."""
+        return self.prompts.load + (self.ledger.used + self.decoding.inbox_pages) * self.instance.page_size
+
+    def open(self, lane: int) -> bool:
+        """Whether the lane may have another step in flight."""
+        return self.in_flight[lane] < STEPS_PER_LANE
+
+    def free_lane(self) -> int | None:
+        """The lane with the fewest steps in flight, if it may have another."""
+        lane = min(range(len(self.in_flight)), key=self.in_flight.__getitem__)
+        return lane if self.in_flight[lane] < STEPS_PER_LANE else None
+
+    def next_decodes(self, lane: int) -> Decodes:
+        """All members of the lane's batch that can take another step. It must be launched next, if not empty."""
+        return self.decoding.batches[lane].decodes(self.find_page)
+
+    # --- preemption ---------------------------------------------------------------------------------------------------
+
+    def find_page(self, sequence: Sequence) -> bool:
+        """Free a page for the sequence by preempting the newest; the oldest is never preempted.
+
+        False if it must sit this step out: pages are about to come free, or it was itself the newest.
+        """
+        while not self.ledger.free:
+            if self.ledger.leaving:
+                return False
+            decoding = self.decoding
+            members = [
+                *chain(decoding.running, decoding.landed.values(), decoding.siblings.values()),
+                *self.prompts.partial.values(),
+            ]
+            if len(members) == 1:
+                return False  # the rest of the pool is in flight, and can be preempted once it has landed
+            victim = max(members, key=lambda member: member.order)
+            self.evict(victim)
+            self.preempted.append(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def evict(self, sequence: Sequence) -> None:
+        """Take a sequence out of what it does here and drop its pages; steps in flight still pin them."""
+        assert sequence.lease is not None
+        if sequence.phase is Phase.PREFILLING:
+            self.prompts.abandon(sequence)
+        else:
+            self.decoding.remove(sequence)
+        self.ledger.drop(sequence.lease)
+        sequence.lease = None
+        sequence.phase = Phase.LEAVING
