@@ -34,6 +34,7 @@ from ds_jax.protocol import (
     Role,
     Run,
     SetTimer,
+    Step,
     StepDone,
     Stopped,
     Timer,
@@ -116,14 +117,16 @@ class Policy:
 
     def run(
         self, worker: Worker, lane: int, prefills: Many[tuple[Sequence, Prefill]] = (), decodes: Decodes | None = None
-    ) -> None:
+    ) -> Step:
         """Command a step on an open lane.
 
         Args:
             prefills: what `worker.prompts.chunk` gave, of one or more sequences.
             decodes: what `worker.next_decodes(lane)` gave just now; None or empty for a step without decodes.
         """
-        self._commands.append(Run(self._flight.launch(worker, lane, prefills, decodes)))
+        step = self._flight.launch(worker, lane, prefills, decodes)
+        self._commands.append(Run(step))
+        return step
 
     def assign(self, sequence: Sequence, worker: Worker, *, replay: bool = False) -> None:
         """Let the worker prefill a WAITING sequence of `waiting`: at the end of its queue, or ahead of it."""
@@ -211,6 +214,7 @@ class Policy:
             return
         for sequence in family:
             sequence.family = family
+            sequence.arrived_ns = self.now_ns
             self.sequences[sequence.id] = sequence
             if request.deadline_ns is not None:
                 self._commands.append(SetTimer(f"deadline:{sequence.id}", request.deadline_ns))
@@ -321,6 +325,8 @@ class Policy:
                 if sequence.lease is lease or sequence.phase is Phase.LEAVING:
                     sequence.sampling = 0
                     sequence.counted += kept
+                    if kept and sequence.first_ns is None:
+                        sequence.first_ns = self.now_ns
                 if sequence.lease is lease:
                     worker.prompts.land(sequence)
                     self._after_prefill(sequence, kept)

@@ -48,12 +48,14 @@ class Sequence:
     """Counts and whereabouts of one living sequence."""
 
     __slots__ = (
+        "arrived_ns",
         "batch",
         "charged",
         "copy",
         "counted",
         "ends_at",
         "family",
+        "first_ns",
         "forks",
         "grows_at",
         "home",
@@ -77,6 +79,9 @@ class Sequence:
         self.id = request.id if id is None else id
         self.order = order
         """Place in the order of arrival: lower is older."""
+        self.arrived_ns = 0
+        self.first_ns: int | None = None
+        """When its first token was heard of."""
         self.phase = Phase.WAITING
         self.home: Any = None
         """The Worker where it waits, or where its pages are."""
