@@ -126,7 +126,7 @@ class RunningBatch:
             if sequence.grows_at != tick or not sequence.steady:
                 continue
             if ledger.free or find_page(sequence):
-                grown[sequence.id] = ledger.grow(sequence.lease, 1)  # type: ignore[arg-type]
+                grown[sequence.id] = ledger.grow_by_one(sequence.lease)  # type: ignore[arg-type]
                 sequence.grows_at = later = tick + ledger.page_size
                 if later in self._growth:
                     self._growth[later].append(sequence)

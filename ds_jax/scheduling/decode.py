@@ -118,7 +118,7 @@ class Decoding:
         """Whether nobody else holds a page to which it will write."""
         assert sequence.lease is not None
         pages = sequence.lease.pages
-        return all(self._ledger.references(page) == 1 for page in pages[len(self._shareable(sequence)) :])
+        return not any(self._ledger.shared(page) for page in pages[len(self._shareable(sequence)) :])
 
     def _receives(self, sequence: Sequence, flight: Flight) -> bool:
         return flight.copy_of(sequence).destination[0] is self._worker
