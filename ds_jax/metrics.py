@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from ds_jax.protocol import (
@@ -26,6 +26,7 @@ from ds_jax.protocol import (
     Step,
     StepDone,
     Stopped,
+    parted_and_joined,
 )
 
 PREFILL_QUEUEING, PREFILL_EXECUTION, KV_TRANSMISSION, DECODE_QUEUEING, DECODE_EXECUTION = range(5)
@@ -69,7 +70,8 @@ class RequestTimes:
 class _Life:
     """A request whose life is being stamped: all before `since_ns` is charged, and what comes now goes to `stage`.
 
-    Its decode steps only move `seen_ns`, the end of the last one, so that a step costs little.
+    While it is decoded it is a member of a lane, and a step counts once for all members: `output` and `seen_ns` (the
+    end of its last step) are as they were when it joined, until it parts.
     """
 
     __slots__ = (
@@ -77,7 +79,10 @@ class _Life:
         "copies",
         "end",
         "end_ns",
+        "ends_at",
         "first_ns",
+        "joined",
+        "lane",
         "output",
         "prefilled",
         "rejected",
@@ -107,6 +112,37 @@ class _Life:
         self.prefilled = False
         self.stage = PREFILL_QUEUEING
         self.stages = [0, 0, 0, 0, 0]
+        self.lane: _Lane | None = None
+        """Where it is decoded."""
+        self.joined = 0
+        """Decode steps that the lane had done when it joined; `output` counts as if it had been in all since."""
+        self.ends_at = 0
+        """Decode steps that the lane will have done when it has its last token."""
+
+
+class _Lane:
+    """Steps in flight on one lane of a living epoch, and who is in the decode step that runs or ran last."""
+
+    __slots__ = ("before", "began_ns", "done", "done_ns", "ends", "left", "members", "silent", "steps")
+
+    def __init__(self) -> None:
+        self.steps: deque[Step] = deque()
+        self.began_ns = 0
+        """Start of the step at the head."""
+        self.before: Step | None = None
+        """The last step that began and has decodes."""
+        self.done = 0
+        """Decode steps done."""
+        self.done_ns = 0
+        """When the last of them was."""
+        self.members: dict[int, _Life] = {}
+        """Those of its decodes that live."""
+        self.silent: set[int] = set()
+        """Those that have ended: no token comes of them."""
+        self.left: set[int] = set()
+        """Those that have begun elsewhere since; if they come back, no step in between may say so."""
+        self.ends: dict[int, list[_Life]] = {}
+        """By the decode steps that will be done when they have their last tokens."""
 
 
 @dataclass(slots=True)
@@ -142,10 +178,9 @@ class StageClock:
         self._on_stage = on_stage
         self._on_step = on_step
         self._lives: dict[int, _Life] = {}
-        self._lanes: dict[tuple[int, int, int], deque[Step]] = {}
-        self._lane_of: dict[int, tuple[int, int, int]] = {}
-        self._began: dict[tuple[int, int, int], int] = {}
-        """Start of the step at the head of each lane."""
+        self._lanes: dict[tuple[int, int, int], _Lane] = {}
+        self._lane_of: dict[int, _Lane] = {}
+        """Of each step in flight."""
         self._copies: dict[int, _Move] = {}
 
     def hear(self, event: Event, commands: Iterable[Command], now_ns: int) -> None:
@@ -219,6 +254,9 @@ class StageClock:
     def _end(self, sequence: int, why: str, now_ns: int, rejected: bool = False) -> None:
         life = self._living(sequence)
         if life is not None:
+            if life.lane is not None:
+                life.lane.silent.add(sequence)
+                self._part(life)
             self._charge(life, now_ns)
             life.end_ns, life.end, life.rejected = now_ns, why, rejected
 
@@ -228,20 +266,22 @@ class StageClock:
         key = (step.instance, step.epoch, step.lane)
         lane = self._lanes.get(key)
         if lane is None:
-            lane = self._lanes[key] = deque()
-        lane.append(step)
-        self._lane_of[step.id] = key
-        if len(lane) == 1:
-            self._start(key, step, now_ns)
+            lane = self._lanes[key] = _Lane()
+        lane.steps.append(step)
+        self._lane_of[step.id] = lane
+        if len(lane.steps) == 1:
+            self._start(lane, step, now_ns)
 
-    def _start(self, key: tuple[int, int, int], step: Step, now_ns: int) -> None:
-        self._began[key] = now_ns
-        lives = self._lives
+    def _start(self, lane: _Lane, step: Step, now_ns: int) -> None:
+        lane.began_ns = now_ns
         for prefill in step.prefills:
             life = self._living(prefill.sequence)
             if life is None:
                 continue
             if prefill.start == 0 or not prefill.length:  # a fork begins with the last chunk of the one it follows
+                if life.lane is not None:
+                    life.lane.left.add(life.sequence)
+                    self._part(life)
                 if life.stage == DECODE_EXECUTION:
                     self._charge(life, life.seen_ns)
                 life.replays += life.started
@@ -249,23 +289,67 @@ class StageClock:
                 life.stage = PREFILL_QUEUEING  # whatever it seemed to wait for, this is what it waited for
             self._charge(life, now_ns)
             life.stage = PREFILL_EXECUTION
-        for decode in step.decodes:
-            life = lives.get(decode.sequence)
-            if life is not None and life.stage != DECODE_EXECUTION and life.end_ns is None:
-                self._charge(life, now_ns)
-                life.stage = DECODE_EXECUTION
+        if step.decodes:
+            parted, joined = parted_and_joined(lane.before, step)
+            lane.before = step
+            for sequence in parted:
+                lane.silent.discard(sequence)
+                if sequence in lane.members:
+                    self._part(lane.members[sequence])
+            if lane.left:
+                joined = dict.fromkeys([*joined, *(decode[0] for decode in step.decodes if decode[0] in lane.left)])
+                lane.left.clear()
+            for sequence in joined:
+                life = self._living(sequence)
+                if life is None:
+                    lane.silent.add(sequence)
+                else:
+                    self._join(lane, life, now_ns)
+
+    def _join(self, lane: _Lane, life: _Life, now_ns: int) -> None:
+        self._part(life)
+        if life.stage != DECODE_EXECUTION:
+            self._charge(life, now_ns)
+            life.stage = DECODE_EXECUTION
+        life.lane, life.joined = lane, lane.done
+        lane.members[life.sequence] = life
+        self._expect_end(lane, life)
+
+    def _expect_end(self, lane: _Lane, life: _Life) -> None:
+        life.ends_at = life.joined + life.request.max_tokens - life.output
+        lane.ends.setdefault(life.ends_at, []).append(life)
+
+    def _part(self, life: _Life) -> None:
+        """Settle what its lane has counted for it."""
+        lane = life.lane
+        if lane is not None:
+            del lane.members[life.sequence]
+            life.lane = None
+            if lane.done > life.joined:
+                life.output += lane.done - life.joined
+                life.seen_ns = lane.done_ns
 
     def _step_done(self, event: StepDone, now_ns: int) -> None:
-        key = self._lane_of.pop(event.step, None)
-        if key is None:
+        lane = self._lane_of.pop(event.step, None)
+        if lane is None:
             return  # of a dead epoch
-        lane = self._lanes[key]
-        step = lane.popleft()
+        step = lane.steps.popleft()
         if step.id != event.step:
-            raise ValueError(f"step {event.step} is done before step {step.id}, which runs ahead of it on lane {key}")
+            raise ValueError(f"step {event.step} is done before step {step.id}, which runs ahead of it on its lane")
         if self._on_step is not None:
-            self._on_step(step, self._began[key], now_ns, True)
+            self._on_step(step, lane.began_ns, now_ns, True)
+        emitted = event.emitted
+        others = self._prefills_done(step, emitted, now_ns) if step.prefills else 0
+        if step.decodes:
+            self._decodes_done(lane, step, emitted, others, now_ns)
+        if lane.steps:
+            self._start(lane, lane.steps[0], now_ns)
+
+    def _prefills_done(self, step: Step, emitted: Mapping[int, int], now_ns: int) -> int:
+        """Returns how many entries of `emitted` are of its prefills."""
+        others = 0
         for prefill in step.prefills:
+            others += prefill.samples and prefill.sequence in emitted
             life = self._living(prefill.sequence)
             if life is None:
                 continue
@@ -273,24 +357,31 @@ class StageClock:
             if prefill.samples:
                 life.prefilled = True
                 life.stage = KV_TRANSMISSION if life.copies else DECODE_QUEUEING
-        lives = self._lives
-        for decode in step.decodes:
-            life = lives.get(decode.sequence)
-            if life is not None:
-                life.seen_ns = now_ns
-        for sequence, tokens in event.emitted.items():
-            life = lives.get(sequence)
-            if life is None or life.end_ns is not None or not tokens:
-                continue
-            life.output += tokens
-            if life.first_ns is None:
-                life.first_ns = now_ns
-            if life.output >= life.request.max_tokens:
-                self._end(sequence, "length", now_ns)
-        if lane:
-            self._start(key, lane[0], now_ns)
-        else:
-            del self._lanes[key]
+                if emitted.get(prefill.sequence):
+                    life.output += 1
+                    if life.first_ns is None:
+                        life.first_ns = now_ns
+                    if life.output >= life.request.max_tokens:
+                        self._end(prefill.sequence, "length", now_ns)
+        return others
+
+    def _decodes_done(self, lane: _Lane, step: Step, emitted: Mapping[int, int], others: int, now_ns: int) -> None:
+        lane.done += 1
+        lane.done_ns = now_ns
+        if len(emitted) - others != len(step.decodes) - len(lane.silent):
+            self._tokens_missing(lane, step, emitted)
+        for life in lane.ends.pop(lane.done, ()):
+            if life.lane is lane and life.ends_at == lane.done:
+                if life.first_ns is None:
+                    life.first_ns = now_ns
+                self._end(life.sequence, "length", now_ns)
+
+    def _tokens_missing(self, lane: _Lane, step: Step, emitted: Mapping[int, int]) -> None:
+        """Not every living member has a token of the step: go through them."""
+        for sequence, life in lane.members.items():
+            if not emitted.get(sequence):
+                life.output -= 1
+                self._expect_end(lane, life)
 
     # --- copies and losses --------------------------------------------------------------------------------------------
 
@@ -318,16 +409,20 @@ class StageClock:
         """Charge what was under way up to now; whoever was in it waits for a replay."""
         dead = (instance, epoch)
         for key in [key for key in self._lanes if key[:2] == dead]:
-            steps = self._lanes.pop(key)
-            for step in steps:
+            lane = self._lanes.pop(key)
+            for life in list(lane.members.values()):
+                self._part(life)
+            for step in lane.steps:
                 del self._lane_of[step.id]
+            if not lane.steps:
+                continue
+            head = lane.steps[0]
             if self._on_step is not None:
-                self._on_step(steps[0], self._began[key], now_ns, False)
-            for sequence in [w.sequence for w in steps[0].prefills] + [w.sequence for w in steps[0].decodes]:
-                life = self._living(sequence)
-                if life is not None:
-                    self._charge(life, now_ns)
-                    life.stage = PREFILL_QUEUEING
+                self._on_step(head, lane.began_ns, now_ns, False)
+            for sequence in [work.sequence for work in head.prefills] + [work.sequence for work in head.decodes]:
+                if (one := self._living(sequence)) is not None:
+                    self._charge(one, now_ns)
+                    one.stage = PREFILL_QUEUEING
         for id, move in list(self._copies.items()):
             move.ends.discard(dead)
             if not move.ends:  # nobody is left to answer for it
