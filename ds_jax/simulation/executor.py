@@ -4,12 +4,17 @@ It keeps the contract of `protocol.py` as the engine does: one step at a time on
 behind it, a step starting at its Run or when the one before it is done; a sequence that reaches its true length is
 `Stopped` at the same time as, and directly after, the StepDone that told its last token; steps in flight may still
 name it, and keep no more tokens of it. Copies run side by side with everything.
+
+An instance with several lanes is a pipeline with as many stages: a step takes the same time on each, enters a stage
+when it has left the one before it and the stage is free, and waits where it is not: these are the bubbles.
+
+A decode step costs what has changed since the one before it on its lane, not its batch: `simulation.lane`.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from ds_jax.metrics import RequestTimes, StageClock
@@ -33,6 +38,7 @@ from ds_jax.protocol import (
 )
 from ds_jax.recorder import Log, Recorder
 from ds_jax.simulation.contract import Contract
+from ds_jax.simulation.lane import Lane, Pipeline
 from ds_jax.simulation.latency import LatencyModel
 from ds_jax.simulation.ownership import Violation
 from ds_jax.workload import Submission
@@ -66,45 +72,40 @@ def simulate(
     steps: bool = False,
     log: bool = False,
     strict: bool = False,
+    on_end: Callable[[RequestTimes], None] | None = None,
 ) -> Simulation:
     """Let the scheduler serve the requests on these instances (all up at time 0) to the end.
 
     Args:
+        requests: a list in any order, or an iterator in order of arrival, of which no more is taken than time has come.
         events: (at_ns, event) of the world outside: Stopped, InstanceLost, InstanceUp, Drain. At the same time they
             come before arrivals, both before the answers to commands, and timers last. A Timer among them is late or
             early on purpose: timers of its key ring then, and not when they were asked for.
         steps: keep all steps.
         log: record all events and commands.
         strict: hold the scheduler to every rule of `Contract`, page by page; slower.
+        on_end: called with the life of each sequence as it ends. `times` is empty then, and memory does not grow with
+            the number of requests.
 
     Raises:
         Violation: the scheduler broke the protocol.
         RuntimeError: requests are left and nothing will ever happen.
-        ValueError: a request whose output is outside 1 to max_tokens.
+        ValueError: a request whose output is outside 1 to max_tokens, or an iterator that is not in order.
     """
     recorder = Recorder(2**62) if log else None
-    world = VirtualTime(scheduler, latency, recorder=recorder, keep_steps=steps, strict=strict)
+    times: dict[int, RequestTimes] = {}
+
+    def keep(one: RequestTimes) -> None:
+        times[one.sequence] = one
+
+    world = VirtualTime(scheduler, latency, on_end or keep, recorder=recorder, keep_steps=steps, strict=strict)
     world.run([(0, InstanceUp(instance)) for instance in instances] + list(events), requests)
     living = world.living()
     if living:
         raise RuntimeError(f"{len(living)} sequences never end, the oldest is {living[0]}: no event is left")
-    times = {one.sequence: one for one in world.clock.pop_ended()}
-    return Simulation(times, world.now_ns, world.events, world.steps, recorder.log() if recorder else None)
-
-
-class _Lane:
-    """The step that runs and the one queued behind it, with their durations."""
-
-    __slots__ = ("alive", "held", "place", "queued", "running")
-
-    def __init__(self, place: tuple[int, int]):
-        self.place = place
-        """Instance and epoch."""
-        self.alive = True
-        self.held = False
-        """The running step is through, but must not be told before one of another lane."""
-        self.running: Step | None = None
-        self.queued: tuple[Step, int] | None = None
+    return Simulation(
+        dict(sorted(times.items())), world.now_ns, world.events, world.steps, recorder.log() if recorder else None
+    )
 
 
 class VirtualTime:
@@ -114,6 +115,7 @@ class VirtualTime:
         self,
         scheduler: Scheduler,
         latency: LatencyModel,
+        on_end: Callable[[RequestTimes], None],
         *,
         recorder: Recorder | None = None,
         keep_steps: bool = False,
@@ -121,6 +123,7 @@ class VirtualTime:
     ):
         self.scheduler = scheduler
         self.latency = latency
+        self.on_end = on_end
         self.clock = StageClock()
         self.now_ns = 0
         self.events = 0
@@ -130,20 +133,29 @@ class VirtualTime:
             self._listeners.append(recorder.hear)
         if strict:
             self._listeners.insert(0, Contract().hear)
+        self._keeps_events = strict or recorder is not None
+        """Whether somebody keeps events for later: a mapping that is told must not change any more then."""
         self._timers = 0
         """Timers on the heap: when only they are left and nobody lives, it is over."""
         self._given_timers: set[str] = set()
-        self._heap: list[tuple[int, int, Event | _Lane]] = []
+        self._heap: list[tuple[int, int, Event | Lane]] = []
         self._order = 0
         self._instances: dict[int, Instance] = {}
-        self._lanes: dict[tuple[int, int, int], _Lane] = {}
+        self._lanes: dict[tuple[int, int, int], Lane] = {}
         self._copies: dict[int, Copy] = {}
         self._left: dict[int, int] = {}
-        """Tokens that each living sequence will still give, until its true length."""
+        """Tokens that each living sequence will still give, until its true length; of one in a running batch, what it
+        was when it joined."""
+        self._batch_of: dict[int, Lane] = {}
+        """The running batch that each sequence is in, as of the last steps launched."""
+        self._lane_of: dict[int, Lane] = {}
+        """The same as of the last steps done."""
+        self._over: list[int] = []
+        """Sequences that have ended with the event that is being told."""
         self._stops: set[int] = set()
         """Living sequences whose true length is below their max_tokens."""
         self._context: dict[int, int] = {}
-        """Tokens of each sequence whose KV is planned."""
+        """Tokens of each living sequence whose KV is planned; of one in a running batch, what it was when it joined."""
 
     def living(self) -> list[int]:
         """Sequences that have arrived and not ended."""
@@ -157,7 +169,7 @@ class VirtualTime:
                 self._given_timers.add(event.key)
         outside = self._order  # what was on the heap from the start comes before arrivals at the same time
         heap = self._heap
-        arrivals = iter(sorted(requests, key=lambda request: request.arrival_ns))
+        arrivals = _in_order(requests)
         arrival = next(arrivals, None)
         while arrival is not None or len(heap) > self._timers or (heap and self._left):
             if arrival is not None and (not heap or (arrival.arrival_ns, outside) <= heap[0][:2]):
@@ -167,7 +179,7 @@ class VirtualTime:
                 continue
             self.now_ns, _, what = heapq.heappop(heap)
             self._timers -= type(what) is Timer
-            if type(what) is _Lane:
+            if type(what) is Lane:
                 if what.alive:
                     self._step_done(what)
             elif type(what) is CopyDone:
@@ -176,7 +188,7 @@ class VirtualTime:
             else:
                 self._outside(what)  # type: ignore[arg-type]
 
-    def _at(self, at_ns: int, what: Event | _Lane) -> None:
+    def _at(self, at_ns: int, what: Event | Lane) -> None:
         timer = type(what) is Timer
         heapq.heappush(self._heap, (at_ns, self._order + _LAST * timer, what))
         self._order += 1
@@ -202,8 +214,12 @@ class VirtualTime:
         elif isinstance(event, InstanceUp):
             instance = event.instance
             self._instances[instance.id] = instance
+            pipeline = Pipeline(instance.lanes)
             for lane in range(instance.lanes):
-                self._lanes[instance.id, instance.epoch, lane] = _Lane((instance.id, instance.epoch))
+                place = (instance.id, instance.epoch)
+                self._lanes[*place, lane] = Lane(
+                    place, pipeline, self._left, self._context, self._batch_of, self._lane_of
+                )
             self._tell(event)
         elif isinstance(event, InstanceLost):
             self._lose(event)
@@ -215,7 +231,7 @@ class VirtualTime:
         if not self._lives(*dead):
             return self._tell(event)
         for index in range(self._instances.pop(event.instance).lanes):
-            self._lanes.pop((*dead, index)).alive = False
+            self._lanes.pop((*dead, index)).die()
         broken = [copy for copy in self._copies.values() if dead in (copy.source[:2], copy.destination[:2])]
         for copy in broken:
             del self._copies[copy.id]
@@ -224,7 +240,7 @@ class VirtualTime:
             if self._lives(*copy.source[:2]) or self._lives(*copy.destination[:2]):
                 self._tell(CopyDone(copy.id, ok=False))
 
-    def _step_done(self, lane: _Lane) -> None:
+    def _step_done(self, lane: Lane) -> None:
         step = lane.running
         assert step is not None
         others = self._other_lanes(lane) if step.prefills else ()
@@ -242,34 +258,50 @@ class VirtualTime:
         else:
             lane.running, duration_ns = lane.queued
             lane.queued = None
-            self._at(self.now_ns + duration_ns, lane)
-        emitted: dict[int, int] = {}
-        stopped = []
-        left = self._left
-        for sequence in [work[0] for work in step.prefills if work.samples] + [work[0] for work in step.decodes]:
-            more = left.get(sequence)
-            if more is None:
-                continue  # it ended while this step was in flight
-            emitted[sequence] = 1
-            if more > 1:
-                left[sequence] = more - 1
-            else:
-                if sequence in self._stops:
-                    stopped.append(sequence)
-                self._end(sequence)
+            self._at(lane.pipeline.enter(self.now_ns, duration_ns), lane)
+        emitted, ending = lane.emit(step)
+        if step.prefills:
+            emitted = dict(emitted)
+            ending = list(ending)
+            for work in step.prefills:
+                if work.samples and (more := self._sampled_by_prefill(work.sequence)) is not None:
+                    emitted[work.sequence] = 1
+                    if not more:
+                        ending.append(work.sequence)
+        elif self._keeps_events:
+            emitted = dict(emitted)
+        if not ending:
+            return self._tell(StepDone(step.id, emitted))
+        stopped = [sequence for sequence in ending if sequence in self._stops]
+        emitted = dict(emitted)
+        for sequence in ending:
+            self._end(sequence)
         self._tell(StepDone(step.id, emitted))
         for sequence in stopped:
             self._tell(Stopped(sequence, "stop"))
 
-    def _other_lanes(self, lane: _Lane) -> list[_Lane]:
+    def _sampled_by_prefill(self, sequence: int) -> int | None:
+        """Count a token off; the tokens that are left, or None if the sequence is over."""
+        if sequence not in self._left:
+            return None
+        if (lane := self._lane_of.get(sequence)) is not None:
+            lane.part(sequence)
+        self._left[sequence] -= 1
+        return self._left[sequence]
+
+    def _other_lanes(self, lane: Lane) -> list[Lane]:
         lanes = self._instances[lane.place[0]].lanes
         return [
             self._lanes[*lane.place, other] for other in range(lanes) if self._lanes[*lane.place, other] is not lane
         ]
 
     def _end(self, sequence: int) -> None:
-        self._left.pop(sequence, None)
-        self._stops.discard(sequence)
+        if sequence in self._left:
+            if (lane := self._lane_of.get(sequence)) is not None:
+                lane.part(sequence)
+            del self._left[sequence]
+            self._stops.discard(sequence)
+            self._over.append(sequence)
 
     # --- commands -----------------------------------------------------------------------------------------------------
 
@@ -280,6 +312,16 @@ class VirtualTime:
             hear(event, commands, self.now_ns)
         for command in commands:
             self._carry_out(command)
+        while self._over:
+            sequence = self._over[-1]
+            if self.clock.ended(sequence):
+                self._over.pop()
+                if (batch := self._batch_of.get(sequence)) is not None:
+                    batch.leave_batch(sequence)
+                self._context.pop(sequence, None)
+                self.on_end(self.clock.pop(sequence))
+            else:
+                break  # its Stopped comes next
 
     def _carry_out(self, command: Command) -> None:
         if isinstance(command, Run):
@@ -303,21 +345,18 @@ class VirtualTime:
         if self.steps is not None:
             self.steps.setdefault(step.instance, []).append(step)
         pool = self._instances[step.instance].pages
-        context = self._context
         for prefill in step.prefills:
-            context[prefill.sequence] = prefill.start + prefill.length
+            if (batch := self._batch_of.get(prefill.sequence)) is not None:
+                batch.leave_batch(prefill.sequence)
+            self._context[prefill.sequence] = prefill.start + prefill.length
             if prefill.new_pages:
                 _in_range(prefill.new_pages, pool, step)
-        contexts = []
-        for sequence, _, new_pages in step.decodes:
-            tokens = context[sequence] = context[sequence] + 1
-            contexts.append(tokens)
-            if new_pages:
-                _in_range(new_pages, pool, step)
-        duration_ns = self.latency.step_ns(step, contexts)
+        for decode in lane.launch(step):
+            _in_range(decode.new_pages, pool, step)
+        duration_ns = self.latency.step_ns(step, lane.context_tokens if step.decodes else 0)
         if lane.running is None:
             lane.running = step
-            self._at(self.now_ns + duration_ns, lane)
+            self._at(lane.pipeline.enter(self.now_ns, duration_ns), lane)
         else:
             lane.queued = (step, duration_ns)
 
@@ -334,7 +373,7 @@ class VirtualTime:
         return instance in self._instances and self._instances[instance].epoch == epoch
 
 
-def _names_one_of(step: Step, lane: _Lane) -> bool:
+def _names_one_of(step: Step, lane: Lane) -> bool:
     """Whether an earlier step of that lane has a chunk of a sequence of this step."""
     earlier = [other for other in (lane.running, lane.queued and lane.queued[0]) if other and other.id < step.id]
     named = {work.sequence for other in earlier for work in other.prefills}
@@ -344,3 +383,18 @@ def _names_one_of(step: Step, lane: _Lane) -> bool:
 def _in_range(pages: Iterable[int], pool: int, what: Step | Copy) -> None:
     if min(pages) < 0 or max(pages) >= pool:
         raise Violation(f"{what}: pages must be in [0, {pool})")
+
+
+def _in_order(requests: Iterable[Submission]) -> Iterator[Submission]:
+    """A list is sorted; what comes one by one must be in order already."""
+    if isinstance(requests, list | tuple):
+        yield from sorted(requests, key=lambda request: request.arrival_ns)
+        return
+    last_ns = 0
+    for request in requests:
+        if request.arrival_ns < last_ns:
+            raise ValueError(
+                f"request {request.request.id} arrives at {request.arrival_ns} ns, before the one ahead of it"
+            )
+        last_ns = request.arrival_ns
+        yield request

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,8 +11,8 @@ from ds_jax.protocol import Copy, Step
 class LatencyModel(Protocol):
     """Asked once for every step and copy, in the order of their commands."""
 
-    def step_ns(self, step: Step, contexts: Sequence[int]) -> int:
-        """Nanoseconds that the step runs; `contexts` has the tokens that each of its decodes attends to."""
+    def step_ns(self, step: Step, context_tokens: int) -> int:
+        """Nanoseconds that the step runs, through all stages; its decodes attend to `context_tokens` tokens in all."""
         ...
 
     def copy_ns(self, copy: Copy) -> int:
@@ -34,14 +33,14 @@ class LinearLatency:
     copy_base_ns: float = 1e6
     copy_page_ns: float = 20e3
 
-    def step_ns(self, step: Step, contexts: Sequence[int]) -> int:
+    def step_ns(self, step: Step, context_tokens: int) -> int:
         base = cost = 0.0
         if step.prefills:
             base = self.prefill_base_ns
             cost = self.prefill_token_ns * sum([prefill.length for prefill in step.prefills])
-        if contexts:
+        if step.decodes:
             base = max(base, self.decode_base_ns)
-            cost += self.decode_context_ns * sum(contexts) + self.decode_sequence_ns * len(contexts)
+            cost += self.decode_context_ns * context_tokens + self.decode_sequence_ns * len(step.decodes)
         return round(base + cost)
 
     def copy_ns(self, copy: Copy) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
 
 from ds_jax.metrics import StageClock
 from ds_jax.protocol import (
@@ -59,7 +58,7 @@ class RecordedDurations:
         if done:
             self._ran_ns[step.id] = end_ns - begin_ns
 
-    def step_ns(self, step: Step, contexts: Sequence[int]) -> int:
+    def step_ns(self, step: Step, context_tokens: int) -> int:
         """Raises ValueError when the log has no such step any more: the simulation has gone another way."""
         durations = self._steps[step.instance, step.epoch, step.lane]
         if not durations:

@@ -76,7 +76,7 @@ def test_a_loaded_system_keeps_every_rule_page_by_page(seed):
 
 def test_chunks_in_two_lanes_come_out_in_order():
     class Shrinking(LinearLatency):
-        def step_ns(self, step, contexts):
+        def step_ns(self, step, context_tokens):
             return (40 - step.id) * MS if step.prefills else 2 * MS
 
     lanes = Instance(0, Role.PREFILL, 0, 200, 4, lanes=2, max_step_tokens=8, max_step_sequences=4, saturation_tokens=8)
@@ -182,11 +182,11 @@ def test_decodes_are_told_how_much_they_attend_to():
     seen = []
 
     class Watching(LinearLatency):
-        def step_ns(self, step, contexts):
+        def step_ns(self, step, context_tokens):
             if step.decodes:
                 assert all(isinstance(decode, Decode) for decode in step.decodes)
-                seen.append(list(contexts))
-            return super().step_ns(step, contexts)
+                seen.append(context_tokens)
+            return super().step_ns(step, context_tokens)
 
     simulate(Disaggregated(), [PREFILL, DECODE], submissions([0], fixed(10, 4, 1)), Watching())
-    assert seen == [[11], [12], [13]]
+    assert seen == [11, 12, 13]

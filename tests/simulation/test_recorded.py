@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from ds_jax.protocol import Drain, Instance, InstanceLost, InstanceUp, Role, Stopped, Timer
+from ds_jax.protocol import Drain, Instance, InstanceLost, InstanceUp, Request, Role, Stopped, Timer
 from ds_jax.recorder import Log, load, replay
 from ds_jax.scheduling.disaggregated import Disaggregated
 from ds_jax.simulation import LinearLatency, RecordedDurations, recorded_workload, simulate, steps_of
-from ds_jax.workload import poisson, submissions, uniform
+from ds_jax.workload import Submission, poisson, submissions, uniform
 
 PREFILL = Instance(0, Role.PREFILL, 0, 100, 4, max_step_tokens=64, max_step_sequences=4, saturation_tokens=32)
 DECODES = [Instance(id, Role.DECODE, 0, 30, 4, slots=4) for id in (1, 2)]
@@ -23,8 +23,8 @@ class Jitter(LinearLatency):
 
     random = random.Random(0)
 
-    def step_ns(self, step, contexts):
-        return round(super().step_ns(step, contexts) * self.random.uniform(0.7, 1.5))
+    def step_ns(self, step, context_tokens):
+        return round(super().step_ns(step, context_tokens) * self.random.uniform(0.7, 1.5))
 
     def copy_ns(self, copy):
         return round(super().copy_ns(copy) * self.random.uniform(0.7, 4))
@@ -76,7 +76,8 @@ def test_true_lengths_are_told_apart_from_stops_from_outside(run):
 def test_a_simulation_that_goes_another_way_says_so(run):
     work, events = recorded_workload(run.log)
     with pytest.raises(ValueError, match="the log has no more"):
-        simulate(Disaggregated(), (), [*work, *submissions([0] * 9, [(9, 9)] * 9)], _relabelled(run.log), events=events)
+        more = [Submission(0, Request(10_000 + index, 9, 9), 9) for index in range(9)]
+        simulate(Disaggregated(), (), [*work, *more], _relabelled(run.log), events=events)
 
 
 def _relabelled(log: Log) -> RecordedDurations:
