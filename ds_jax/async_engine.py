@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ds_jax.config import Config
+from ds_jax.config import Config, SloConfig
 from ds_jax.engine import Engine, Update
 from ds_jax.errors import Draining, Overloaded, RequestError
 from ds_jax.sampling import SamplingParams, TokenLogprobs
@@ -30,6 +30,8 @@ class Output:
     stages_s: dict[str, float] | None = None
     """Seconds in each of the five stages, with the last output."""
     error: str | None = None
+    retry_after_s: float | None = None
+    """With an error that trying again later may help."""
     logprobs: list[TokenLogprobs] | None = None
     """One for each of `token_ids`, if they were asked for."""
     prompt_logprobs: list[TokenLogprobs] | None = None
@@ -60,14 +62,20 @@ class AsyncEngine:
         self._engine.start()
 
     async def generate(
-        self, prompt_token_ids: list[int], params: SamplingParams, deadline_s: float | None = None
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        deadline_s: float | None = None,
+        slo: SloConfig | None = None,
     ) -> AsyncIterator[Output]:
         """Stream the `params.n` outputs of a prompt. Closing or cancelling the iterator aborts what still runs.
+
+        `deadline_s` and `slo` are as `Engine.submit` takes them.
 
         Raises:
             RequestError: the request can never run; Overloaded: try later; Draining: shutting down.
         """
-        sequences = self._engine.submit(prompt_token_ids, params, deadline_s)
+        sequences = self._engine.submit(prompt_token_ids, params, deadline_s, slo)
         queue: asyncio.Queue[Update] = asyncio.Queue()
         self._queues.update(dict.fromkeys(sequences, queue))
         streams = {id: TextStream(self.tokenizer, params.stop) for id in sequences}
@@ -111,7 +119,9 @@ class AsyncEngine:
         found = [one for update in updates for one in update.logprobs or ()][: len(token_ids)]
         logprobs = None if was_complete or all(update.logprobs is None for update in updates) else found
         prompt_logprobs = next((one.prompt_logprobs for one in updates if one.prompt_logprobs is not None), None)
-        return Output(index, token_ids, text, reason, stages_s, last.error, logprobs, prompt_logprobs)
+        return Output(
+            index, token_ids, text, reason, stages_s, last.error, last.retry_after_s, logprobs, prompt_logprobs
+        )
 
     def _listen(self, updates: list[Update]) -> None:
         """On the dispatch thread: one wake-up of the event loop per step."""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
-from ds_jax.config import Config
+from ds_jax.config import Config, SloConfig
 from ds_jax.errors import Draining, Overloaded, RequestError
 from ds_jax.metrics import RequestTimes, StageClock
 from ds_jax.protocol import (
@@ -33,6 +33,7 @@ from ds_jax.protocol import (
     Request,
     Run,
     SetTimer,
+    Slo,
     StepDone,
     Stopped,
     Timer,
@@ -46,6 +47,9 @@ from ds_jax.text import Tokenizer
 
 log = logging.getLogger(__name__)
 
+NO_TARGET_NS = 2**62
+"""Stands for a target that a request does not have beside one that it has."""
+
 
 class Update(NamedTuple):
     """What one step, or one ending, brought for one sequence."""
@@ -58,6 +62,7 @@ class Update(NamedTuple):
     """Stages and latencies, with the last update."""
     error: str | None = None
     retry_after_s: float | None = None
+    """With an error that trying again later may help."""
     logprobs: list[TokenLogprobs] | None = None
     """One for each of `token_ids`, if the request asks for them."""
     prompt_logprobs: list[TokenLogprobs] | None = None
@@ -151,8 +156,20 @@ class Engine:
                 if token >= vocabulary:
                     raise RequestError(f"{name} has token id {token}; the vocabulary is 0 to {vocabulary - 1}", name)
 
-    def submit(self, prompt: list[int], params: SamplingParams, deadline_s: float | None = None) -> range:
+    def submit(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        deadline_s: float | None = None,
+        slo: SloConfig | None = None,
+    ) -> range:
         """Queue a request; updates of its `params.n` sequences go to the listener under the ids returned.
+
+        Args:
+            prompt: token ids.
+            params: how to choose tokens.
+            deadline_s: seconds after which the request ends wherever it is; None: `engine.deadline_s`.
+            slo: latency targets, which the scheduler may act by; None: those of the config.
 
         Raises:
             RequestError: it can never run.
@@ -160,6 +177,10 @@ class Engine:
             Draining: the engine is shutting down, or has failed.
         """
         self.check(prompt, params)
+        targets = _targets(self.config.slo if slo is None else slo)
+        deadline_s = deadline_s if deadline_s is not None else self.config.engine.deadline_s or None
+        if deadline_s is not None and not 0 < deadline_s < NO_TARGET_NS / 1e9:
+            raise RequestError(f"deadline_s = {deadline_s} must be greater than 0", "deadline_s")
         if self._failure is not None:
             raise Draining(f"the engine has failed: {self._failure}")
         if self._draining:
@@ -167,7 +188,6 @@ class Engine:
         if len(self._unstarted) >= self.config.engine.max_waiting:
             raise Overloaded(f"{len(self._unstarted)} requests are waiting already (engine.max_waiting)", 1.0)
         seed = random.getrandbits(63) if params.seed is None else params.seed
-        deadline_s = deadline_s if deadline_s is not None else self.config.engine.deadline_s or None
         deadline_ns = None if deadline_s is None else time.monotonic_ns() + int(deadline_s * 1e9)
         with self._submitting:
             if self._closed:
@@ -177,7 +197,7 @@ class Engine:
             self._unstarted.add(ids.start)
             end_ids = (*self._eos, *params.stop_token_ids)
             sequences = [Sequence(id, prompt, params, seed, index, end_ids=end_ids) for index, id in enumerate(ids)]
-            self.call_soon(self._arrive, sequences, deadline_ns)
+            self.call_soon(self._arrive, sequences, deadline_ns, targets)
         return ids
 
     def stop(self, sequence: int, reason: str = "abort") -> None:
@@ -269,7 +289,7 @@ class Engine:
         while self._timers and self._timers[0][0] <= self._now_ns:
             self._handle(Timer(heapq.heappop(self._timers)[1]))
 
-    def _arrive(self, sequences: list[Sequence], deadline_ns: int | None) -> None:
+    def _arrive(self, sequences: list[Sequence], deadline_ns: int | None, slo: Slo | None) -> None:
         for sequence in sequences:
             self._living[sequence.id] = sequence
             if deadline_ns is not None:
@@ -284,6 +304,7 @@ class Engine:
             max_tokens=params.max_tokens,
             seed=leader.seed,
             deadline_ns=deadline_ns,
+            slo=slo,
             n=len(sequences),
         )
         self._handle(Arrived(request))
@@ -389,6 +410,21 @@ class Engine:
         log.error("instance %d stays lost: %s", instance, why)
         if self._failure is None and not self.healthy:
             self._fail(f"instance {instance} stays lost: {why}")
+
+
+def _targets(slo: SloConfig) -> Slo | None:
+    """The targets as schedulers see them; None if there is none.
+
+    Raises:
+        RequestError: one that is negative, or no number.
+    """
+    for name, value in (("ttft_s", slo.ttft_s), ("tpot_s", slo.tpot_s)):
+        if not 0 <= value < NO_TARGET_NS / 1e9:
+            raise RequestError(f"slo.{name} = {value} must be 0 or more", "slo")
+    if not slo.ttft_s and not slo.tpot_s:
+        return None
+    ttft_ns, tpot_ns = (round(value * 1e9) or NO_TARGET_NS for value in (slo.ttft_s, slo.tpot_s))
+    return Slo(ttft_ns, tpot_ns)
 
 
 def _update(sequence: Sequence, token: int, found: TokenLogprobs | None) -> Update:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from ds_jax.config import Config
+from ds_jax.config import Config, SloConfig
 from ds_jax.engine import Engine, Update
 from ds_jax.errors import RequestError
 from ds_jax.metrics import RequestTimes
@@ -97,6 +97,9 @@ class LLM:
         prompts: Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         errors: Literal["raise", "return"] = "raise",
+        *,
+        slo: SloConfig | None = None,
+        deadline_s: float | None = None,
     ) -> list[RequestOutput]:
         """Complete all prompts (texts or token ids); outputs come in the order of the prompts.
 
@@ -104,6 +107,8 @@ class LLM:
 
         A prompt that can never run raises before anything is started, or with errors="return" gets an output of its
         own, with finish_reason "error" and the reason, and the others are served.
+
+        `slo` and `deadline_s` hold for each of the prompts, as `Engine.submit` takes them.
 
         Raises:
             RequestError: a prompt can never run; the message names it.
@@ -124,11 +129,13 @@ class LLM:
                     raise RequestError(why, error.param) from error
                 refused[index] = RequestOutput(prompt, (Completion([], "", "error", None, why),) * wanted.n)
         good = [index for index in range(len(tokens)) if index not in refused]
-        served = self._generate([tokens[index] for index in good], [each[index] for index in good])
+        served = self._generate([tokens[index] for index in good], [each[index] for index in good], deadline_s, slo)
         outputs = refused | dict(zip(good, served, strict=True))
         return [outputs[index] for index in range(len(tokens))]
 
-    def _generate(self, prompts: list[list[int]], each: list[SamplingParams]) -> list[RequestOutput]:
+    def _generate(
+        self, prompts: list[list[int]], each: list[SamplingParams], deadline_s: float | None, slo: SloConfig | None
+    ) -> list[RequestOutput]:
         outputs: list[list[Completion | None]] = [[None] * params.n for params in each]
         scored: list[list[TokenLogprobs] | None] = [None] * len(prompts)
         running: dict[int, _Running] = {}
@@ -140,7 +147,7 @@ class LLM:
                 while submitted < len(prompts) or running:
                     while submitted < len(prompts) and len(running) < self._window:
                         params = each[submitted]
-                        for index, id in enumerate(self.engine.submit(prompts[submitted], params)):
+                        for index, id in enumerate(self.engine.submit(prompts[submitted], params, deadline_s, slo)):
                             running[id] = _Running((submitted, index), TextStream(self.tokenizer, params.stop))
                         submitted += 1
                     for update in self._updates.get():

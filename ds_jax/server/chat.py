@@ -42,7 +42,8 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     turns = _turns(body.messages)
     prompt = await tokenized(sum(len(turn["content"]) for turn in turns), lambda: _prompt(engine, turns))
     each = [params] if max_tokens is not None else fitted(engine, params, [prompt], None)
-    generation = Generation(engine, [prompt], each, names)
+    targets = body.targets(engine.config.slo)
+    generation = Generation(engine, [prompt], each, names, deadline_s=body.deadline_s, slo=targets)
     if body.stream:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         return EventStream(_events(generation, head("chatcmpl", "chat.completion.chunk", engine), with_usage))

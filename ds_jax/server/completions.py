@@ -36,7 +36,8 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     each = [params] * len(prompts)
     if body.max_tokens is None:
         each = fitted(engine, params, prompts, DEFAULT_MAX_TOKENS)
-    generation = Generation(engine, prompts, each)
+    targets = body.targets(engine.config.slo)
+    generation = Generation(engine, prompts, each, deadline_s=body.deadline_s, slo=targets)
     start = head("cmpl", "text_completion", engine)
     if body.stream:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)

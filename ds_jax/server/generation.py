@@ -10,7 +10,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from ds_jax.errors import RequestError
+from ds_jax.config import SloConfig
+from ds_jax.errors import Overloaded, RequestError
 from ds_jax.sampling import SamplingParams, TokenLogprobs
 from ds_jax.server.errors import GenerationFailed, ModelNotFound, shown
 
@@ -32,6 +33,8 @@ class Generation:
     """One for each prompt."""
     names: dict[str, str] = field(default_factory=dict)
     """What the client calls the fields that the engine's refusals name, where it calls them otherwise."""
+    deadline_s: float | None = None
+    slo: SloConfig | None = None
     output_tokens: int = 0
 
     async def outputs(self) -> AsyncGenerator[tuple[int, Output], None]:
@@ -40,11 +43,14 @@ class Generation:
 
         Raises:
             RequestError, Overloaded, Draining: as `AsyncEngine.generate`, for any of the prompts.
+            Overloaded: the scheduler turned it away, and says when to try again.
             GenerationFailed: the engine gave up.
         """
         streams = [self._stream(index) for index in range(len(self.prompts))]
         async with aclosing(_merged(streams)) as merged:
             async for index, output in merged:
+                if output.finish_reason == "error" and output.retry_after_s is not None:
+                    raise Overloaded(output.error or "the scheduler turned the request away", output.retry_after_s)
                 if output.finish_reason == "error":
                     raise GenerationFailed(output.error or "the engine gave the request up")
                 self.output_tokens += len(output.token_ids)
@@ -56,7 +62,8 @@ class Generation:
         return sum(params.n for params in self.params)
 
     async def _stream(self, index: int) -> AsyncGenerator[Output, None]:
-        generate = cast("AsyncGenerator[Output, None]", self.engine.generate(self.prompts[index], self.params[index]))
+        outputs = self.engine.generate(self.prompts[index], self.params[index], self.deadline_s, self.slo)
+        generate = cast("AsyncGenerator[Output, None]", outputs)
         try:
             async with aclosing(generate) as outputs:
                 async for output in outputs:

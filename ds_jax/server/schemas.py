@@ -7,10 +7,12 @@ not support yet are refused unless they say what happens anyway.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, PlainValidator
 
+from ds_jax.config import SloConfig
 from ds_jax.errors import RequestError
 from ds_jax.sampling import SamplingParams
 from ds_jax.server.errors import shown
@@ -105,6 +107,14 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
+class Targets(BaseModel):
+    """`slo`: latency targets of a request; what is left out is as the server's configuration says, 0 is none."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+
 class GenerationRequest(BaseModel):
     """What both kinds of generation understand."""
 
@@ -135,6 +145,10 @@ class GenerationRequest(BaseModel):
     """Go on past the model's end token."""
     prompt_logprobs: int | None = None
     """Log-probabilities of the prompt's tokens, and of so many of the likeliest in their places."""
+    slo: Targets | None = None
+    """Ours: the scheduler may act by these targets."""
+    deadline_s: float | None = None
+    """Ours: seconds after which the request ends wherever it is."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -152,6 +166,11 @@ class GenerationRequest(BaseModel):
             raise RequestError("stream_options is only allowed with stream = true", "stream_options")
         if self.prompt_logprobs is not None and self.stream:
             raise RequestError("prompt_logprobs is only allowed without stream", "prompt_logprobs")
+
+    def targets(self, default: SloConfig) -> SloConfig:
+        """The request's latency targets."""
+        given = {} if self.slo is None else self.slo.model_dump(exclude_none=True)
+        return replace(default, **given)
 
     def top_tokens(self) -> int | None:
         """How many of the likeliest tokens to tell at each place; None if no log-probabilities are asked for.

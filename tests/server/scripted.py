@@ -12,6 +12,7 @@ from typing import Any
 import uvicorn
 
 from ds_jax.async_engine import Output
+from ds_jax.config import Config, SloConfig
 from ds_jax.errors import Draining, RequestError
 from ds_jax.sampling import SamplingParams
 from ds_jax.server.app import create_app
@@ -40,6 +41,9 @@ class ScriptedEngine:
         self.forever = False
         self.pause_s = 0.0
         self.calls: list[tuple[list[int], SamplingParams]] = []
+        self.limits: list[tuple[float | None, SloConfig | None]] = []
+        """Deadline and latency targets of each call."""
+        self.config = Config(slo=SloConfig(ttft_s=0.5, tpot_s=0.1))
         self.running = 0
         self.aborted = 0
         self.started = self.closed = self.draining = False
@@ -60,9 +64,14 @@ class ScriptedEngine:
         return {"requests": self.running}
 
     async def generate(
-        self, prompt: list[int], params: SamplingParams, deadline_s: float | None = None
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        deadline_s: float | None = None,
+        slo: SloConfig | None = None,
     ) -> AsyncIterator[Output]:
         self.calls.append((prompt, params))
+        self.limits.append((deadline_s, slo))
         if self.draining:
             raise Draining("the server is shutting down")
         if len(prompt) >= self.max_model_len:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ds_jax.async_engine import Output
+from ds_jax.config import SloConfig
 from ds_jax.sampling import TokenLogprobs
 from tests.server.client import CHAT, COMPLETIONS, TEXT, USER, Client, error_of
 
@@ -240,3 +241,15 @@ def test_what_a_request_leaves_out_is_as_the_checkpoint_says_and_what_it_says_co
     (_, first), (_, second) = client.engine.calls
     assert (first.temperature, first.top_p, first.top_k) == (0.6, 0.5, 20)
     assert (second.temperature, second.top_p, second.top_k) == (0.0, 1.0, 0)
+
+
+@both
+def test_a_requests_targets_go_before_the_configs_one_by_one(client: Client, path: str) -> None:
+    for fields, expected in (
+        ({}, (None, SloConfig(0.5, 0.1))),
+        ({"slo": {"ttft_s": 2}, "deadline_s": 7.5}, (7.5, SloConfig(2, 0.1))),
+        ({"slo": {"ttft_s": 0, "tpot_s": 0.02}}, (None, SloConfig(0, 0.02))),
+    ):
+        client.engine.limits = []
+        assert client.ask(path, **fields).status_code == 200
+        assert client.engine.limits == [expected]

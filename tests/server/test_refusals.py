@@ -56,6 +56,8 @@ def test_what_is_not_supported_yet_is_refused_by_name(client: Client, path: str,
         ("logit_bias", {"fox": 1}, "logit_bias has 'fox', which is no token id"),
         ("logit_bias", [1], "dictionary"),
         ("min_tokens", -1, "min_tokens = -1"),
+        ("slo", 5, "dictionary"),
+        ("deadline_s", "soon", "deadline_s = 'soon' is refused"),
         ("prompt_logprobs", 21, "prompt_logprobs = 21 must be a whole number from 0 to 20"),
         ("stop", 5, "stop = 5 is refused: must be a string or a list of strings"),
         ("stop", ["a", 5], "list of strings"),
@@ -206,3 +208,13 @@ def test_unknown_models_and_paths_are_404_and_wrong_methods_405(client: Client) 
     assert answer.status_code == 404 and "GET /v1/no/such/path" in error_of(answer)["message"]
     answer = client.get(COMPLETIONS)
     assert answer.status_code == 405 and "GET" in error_of(answer)["message"] and answer.headers["allow"] == "POST"
+
+
+@both
+@pytest.mark.parametrize("slo", [{"ttft": 0.2}, {"ttft_s": "soon"}])
+def test_a_target_that_does_not_exist_or_is_no_number_is_refused_by_its_full_name(
+    client: Client, path: str, slo: dict[str, Any]
+) -> None:
+    error = client.refused(path, slo=slo)
+    [(name, value)] = slo.items()
+    assert error["param"] == f"slo.{name}" and error["message"].startswith(f"slo.{name} = {value!r} is refused")

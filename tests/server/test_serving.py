@@ -16,6 +16,8 @@ import openai
 import pytest
 
 from ds_jax.async_engine import AsyncEngine
+from ds_jax.engine import NO_TARGET_NS
+from ds_jax.protocol import Arrived, Reject, Slo
 from tests import goldens
 from tests.engine.serving import config_for
 from tests.server.scripted import serving, until
@@ -234,3 +236,46 @@ def test_many_clients_at_once_get_what_each_gets_alone(served: Served) -> None:
             assert together == [await streamed(index) for index in range(24)]
 
     asyncio.run(scenario())
+
+
+def test_targets_and_deadlines_reach_the_engine_and_wrong_ones_are_refused(served: Served) -> None:
+    def ask(**fields: Any) -> Any:
+        return served.client.completions.create(
+            model="tiny", prompt=[1, 2], max_tokens=1500, extra_body={"ignore_eos": True, **fields}
+        )
+
+    assert ask(deadline_s=0.02).choices[0].finish_reason == "deadline"
+    for fields, field in (({"slo": {"tpot_s": -1}}, "slo.tpot_s = -1"), ({"deadline_s": 0}, "deadline_s = 0")):
+        with pytest.raises(openai.BadRequestError, match=field):
+            ask(**fields)
+    heard: list[Any] = []
+    scheduler = served.engine._engine
+    ask_scheduler = scheduler._ask
+    scheduler._ask = lambda event, now_ns: heard.append(event) or ask_scheduler(event, now_ns)
+    try:
+        for slo in ({"ttft_s": 0.25, "tpot_s": 0.05}, {"ttft_s": 0.25}):
+            served.client.completions.create(model="tiny", prompt=[1], max_tokens=1, extra_body={"slo": slo})
+    finally:
+        scheduler._ask = ask_scheduler
+    asked = [event.request.slo for event in heard if isinstance(event, Arrived)]
+    assert asked == [Slo(250_000_000, 50_000_000), Slo(250_000_000, NO_TARGET_NS)]
+
+
+def test_a_request_that_the_scheduler_turns_away_is_told_when_to_come_again(served: Served) -> None:
+    """Before the first byte of a stream as well."""
+    engine = served.engine._engine
+    ask_scheduler = engine._ask
+
+    def reject(event: Any, now_ns: int) -> list[Any]:
+        if not isinstance(event, Arrived):
+            return ask_scheduler(event, now_ns)
+        return [Reject(event.request.id, "ttft_s = 0.2 can no longer be met", 2.5)]
+
+    engine._ask = reject
+    try:
+        for stream in (False, True):
+            with pytest.raises(openai.RateLimitError, match="can no longer be met") as caught:
+                served.client.completions.create(model="tiny", prompt=[1], stream=stream)
+            assert caught.value.response.headers["retry-after"] == "3"
+    finally:
+        engine._ask = ask_scheduler

@@ -20,6 +20,7 @@ def test_errors_before_the_first_token_have_a_status_also_in_streams(client: Cli
     cases: list[tuple[Any, int, str]] = [
         (Overloaded("1024 requests are waiting already", 2.5), 429, "3"),
         (Draining("the server is shutting down"), 503, "1"),
+        (Output(0, [], "", "error", None, "ttft 3.1 s is too late", retry_after_s=2.1), 429, "3"),
         (Output(0, [], "", "error", None, "the pool is gone"), 500, ""),
         (RuntimeError("a secret detail"), 500, ""),
     ]
