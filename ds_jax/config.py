@@ -102,6 +102,8 @@ class SchedulerConfig:
     """chunked: whose rules fill the budget."""
     queue_order: Literal["fcfs", "sjf", "ljf", "edf", "llf"] = "fcfs"
     """multiplexed, deflected: order of waiting prompts: first come, shortest, longest, deadline, least slack first."""
+    routing: Literal["code", "readme"] = "code"
+    """multiplexed: whose routing, that of Tropical's code or of its README."""
     memory_watermark: float = 0.9
     """multiplexed, deflected: a decode worker with a larger share of its pages in use takes no prompt."""
     early_rejection: bool = False

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 POLICIES = {
     "disaggregated": "ds_jax.scheduling.disaggregated:Disaggregated",
+    "multiplexed": "ds_jax.scheduling.multiplexed:Multiplexed",
 }
 
 

@@ -170,7 +170,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.left |= {id: min(max_tokens, true_length + index) for index, id in enumerate(request.sequences)}
         impossible = any(
             pools and not any(pages_for(prompt + max_tokens - 1, pool.page_size) <= pool.pages for pool in pools)
-            for pools in ([pool for pool in self.known.values() if pool.role is role] for role in self.roles)
+            for pools in (
+                [pool for pool in self.known.values() if pool.role is not without]
+                for without in (Role.DECODE, Role.PREFILL)
+            )
         )
         commands = self._tell(Arrived(request))
         rejected = {command.sequence for command in commands if isinstance(command, Reject)}
