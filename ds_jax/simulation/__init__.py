@@ -2,7 +2,7 @@
 
 from ds_jax.simulation.contract import Contract
 from ds_jax.simulation.executor import Simulation, VirtualTime, simulate
-from ds_jax.simulation.latency import LatencyModel, LinearLatency
+from ds_jax.simulation.latency import LatencyModel, LinearLatency, Links, PlacedLatency
 from ds_jax.simulation.ownership import Violation
 from ds_jax.simulation.recorded import RecordedDurations, recorded_workload, steps_of
 
@@ -10,6 +10,8 @@ __all__ = [
     "Contract",
     "LatencyModel",
     "LinearLatency",
+    "Links",
+    "PlacedLatency",
     "RecordedDurations",
     "Simulation",
     "Violation",

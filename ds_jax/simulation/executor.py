@@ -367,7 +367,7 @@ class VirtualTime:
             if copy.pages:
                 _in_range([pair[side] for pair in copy.pages], self._instances[place.instance].pages, copy)
         self._copies[copy.id] = copy
-        self._at(self.now_ns + self.latency.copy_ns(copy), CopyDone(copy.id, ok=True))
+        self._at(self.now_ns + self.latency.copy_ns(copy, self.now_ns), CopyDone(copy.id, ok=True))
 
     def _lives(self, instance: int, epoch: int) -> bool:
         return instance in self._instances and self._instances[instance].epoch == epoch

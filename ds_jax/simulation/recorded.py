@@ -65,7 +65,7 @@ class RecordedDurations:
             raise ValueError(f"the log has no more steps on instance {step.instance}, lane {step.lane}, but got {step}")
         return durations.popleft()
 
-    def copy_ns(self, copy: Copy) -> int:
+    def copy_ns(self, copy: Copy, now_ns: int) -> int:
         """Raises ValueError when the log has no such copy any more."""
         if not self._copies:
             raise ValueError(f"the log has no more copies, but got {copy}")

@@ -26,8 +26,8 @@ class Jitter(LinearLatency):
     def step_ns(self, step, context_tokens):
         return round(super().step_ns(step, context_tokens) * self.random.uniform(0.7, 1.5))
 
-    def copy_ns(self, copy):
-        return round(super().copy_ns(copy) * self.random.uniform(0.7, 4))
+    def copy_ns(self, copy, now_ns):
+        return round(super().copy_ns(copy, now_ns) * self.random.uniform(0.7, 4))
 
 
 @pytest.fixture(scope="module")
