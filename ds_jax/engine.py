@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
+from ds_jax import latency
 from ds_jax.config import Config, SloConfig
 from ds_jax.errors import Draining, Overloaded, RequestError
 from ds_jax.metrics import RequestTimes, StageClock
@@ -84,7 +85,7 @@ class Engine:
     def __init__(self, config: Config, listener: Listener, *, devices: Any = None, progress: bool = True):
         config.check()
         self.config = config
-        self.scheduler = create_scheduler(config.policy, config.scheduler)
+        self.scheduler = create_scheduler(config.policy, config.scheduler, _predictor(config))
         self.recorder = Recorder(config.engine.log_capacity)
         self._ask = self.recorder.wrap(self.scheduler).handle
         self.executor = InProcessExecutor(config, devices=devices)
@@ -410,6 +411,19 @@ class Engine:
         log.error("instance %d stays lost: %s", instance, why)
         if self._failure is None and not self.healthy:
             self._fail(f"instance {instance} stays lost: {why}")
+
+
+def _predictor(config: Config) -> latency.Predictor | None:
+    """Step times of every instance by `scheduler.latency_profile`; None without one.
+
+    Raises:
+        ValueError, FileNotFoundError: there is no such profile, or none of a group's parallelism.
+    """
+    if not config.scheduler.latency_profile:
+        return None
+    profile = latency.load(config.scheduler.latency_profile)
+    times = [profile.step_time(group.tp, group.pp) for _, group in config.groups() for _ in range(group.instances)]
+    return lambda instance: times[instance.id]
 
 
 def _targets(slo: SloConfig) -> Slo | None:

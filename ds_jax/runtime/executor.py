@@ -240,6 +240,11 @@ class InProcessExecutor:
             self._soon(self._answer_copy, copy, False)
             return
         try:
+            if source == destination:
+                # Whatever the instance runs later comes after it: there is nothing to wait for.
+                self._instances[source.instance].duplicate(copy)
+                self._soon(self._answer_copy, copy, True)
+                return
             reader, move, put = self._send(copy)
         except Exception as error:
             log.exception("copy %d could not be started", copy.id)
@@ -252,7 +257,9 @@ class InProcessExecutor:
         """Raises: ValueError, if nothing was compiled for such a copy."""
         (i, _, from_), (j, _, to) = copy.source, copy.destination
         if from_ is to is Medium.DEVICE:
-            if (i, j) not in self._routes:
+            if i == j and not (self._instances[i].shapes.slots and self._instances[i].shapes.rows):
+                raise ValueError(f"instance {i} prefills or decodes, not both: it has no copies within itself")
+            if i != j and (i, j) not in self._routes:
                 raise ValueError(f"policy = {self._policy} moves no pages from instance {i} to instance {j}")
             return
         if from_ is to:

@@ -109,6 +109,17 @@ def insert(model: Model, shapes: Shapes, cut: Cut, bucket: int) -> Program:
     return compile_ahead(program, (pool, model.host_array(bucket), pieces), donate=(0,))
 
 
+def duplicate(model: Model, shapes: Shapes, bucket: int) -> Program:
+    """(pool, from [n], to [n]) -> pool; the pool is donated. Pages out of range are padding."""
+
+    def write(pool: Pool, sources: jax.Array, destinations: jax.Array) -> Pool:
+        return jax.tree.map(lambda layer: layer.at[destinations].set(layer[sources], mode="drop"), pool)
+
+    pool, pool_spec = abstract_pool(model.arch, model.dtype, shapes, model.mesh), spec_of(POOL_AXES)
+    program = model.on_mesh(write, (pool_spec, EVERYWHERE, EVERYWHERE), pool_spec)
+    return compile_ahead(program, (pool, model.host_array(bucket), model.host_array(bucket)), donate=(0,))
+
+
 def pad(pages: Sequence[int], bucket: int, padding: int) -> np.ndarray:
     """Page numbers as the programs take them."""
     padded = np.full(bucket, padding, np.int32)

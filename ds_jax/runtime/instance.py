@@ -17,7 +17,7 @@ from ds_jax.runtime.host_memory import HostMemory
 from ds_jax.runtime.pool import Pool
 from ds_jax.runtime.programs import Chunk, Edits, Model, Program
 from ds_jax.runtime.sequence import Sequence as TokenSequence
-from ds_jax.runtime.shapes import Shapes, bucket_for, step_tokens
+from ds_jax.runtime.shapes import SMALLEST_COPY_PAGES, Shapes, bucket_for, step_tokens
 from models.transformer import Params
 
 
@@ -103,6 +103,8 @@ class Instance:
                     yield partial(self._build, ("mark", kind, size), programs.mark, rows, size)
         for size in shapes.edit_buckets:
             yield partial(self._build, ("edit", size), programs.edit, size)
+        if shapes.slots and shapes.rows:
+            yield partial(self._build, "duplicate", handover.duplicate, SMALLEST_COPY_PAGES)
         for size in shapes.host_buckets:
             yield partial(self._build, ("read", size), host_memory.read_pages, size)
             yield partial(self._build, ("write", size), host_memory.write_pages, size)
@@ -191,7 +193,8 @@ class Instance:
             elif length:
                 table = self.tables[sequence]
                 table.extend(new_pages)
-            # A fork has no tokens: its row samples from the last token before it, and the table is its leader's.
+            else:  # A fork has no tokens: its row samples from the last token before it; its leader's pages are its own.
+                self.tables[sequence] = list(table)
             chunk = Chunk(sequences[sequence], start, length, samples, table)
             chunks.append(chunk)
             if places := chunk.sequence.unscored(start, start + length):
@@ -263,6 +266,15 @@ class Instance:
         padded = handover.pad(pages, bucket, self.shapes.pages)
         self.pool = self._programs["insert", route.cut, bucket](self.pool, padded, route.assemble(pieces))
         self._adopt(copy, pages)
+
+    def duplicate(self, copy: protocol.Copy) -> None:
+        """Carry out a copy from this pool to this pool: a sequence gets pages of its own beside shared ones."""
+        for first in range(0, len(copy.pages), SMALLEST_COPY_PAGES):
+            sources, destinations = zip(*copy.pages[first : first + SMALLEST_COPY_PAGES], strict=True)
+            here = handover.pad(sources, SMALLEST_COPY_PAGES, 0)
+            there = handover.pad(destinations, SMALLEST_COPY_PAGES, self.shapes.pages)
+            self.pool = self._programs["duplicate"](self.pool, here, there)
+        self._adopt(copy, [there for _, there in copy.pages])
 
     def read(self, pages: Sequence[int]) -> list[jax.Array]:
         """These pages of the pool, each an array that `HostMemory` takes."""

@@ -229,6 +229,27 @@ def test_pages_move_between_any_two_instances(shared: Bench, alone: list[list[in
     assert sequence.output == alone[1][:5]
 
 
+def test_outputs_of_one_prompt_part_on_the_instance_that_ran_it(shared: Bench, alone: list[list[int]]):
+    """The fork decodes in pages that it shares, but for the last one, which it gets a copy of."""
+    mixed = shared.of(Role.MIXED).id
+    leader, fork = shared.add(PROMPTS[1], SAMPLED, seed=1), shared.add(PROMPTS[1], SAMPLED, seed=1, index=1)
+    pages = shared.pages(mixed, 5)
+    prefills = Prefill(leader.id, 0, 37, True, pages), Prefill(fork.id, 37, 0, True)
+    shared.finish(shared.run(mixed, prefills))
+    ends = (Place(mixed, 0),) * 2
+    [own] = shared.pages(mixed, 1)
+    copy = Copy(-77, fork.id, *ends, ((pages[4], own),), shared=pages[:4])
+    shared.executor.copy(copy)
+    have = dict.fromkeys((leader.id, fork.id), 5)
+    shared.finish(shared.decode({0: leader, 1: fork}, mixed, have))
+    assert shared.copies[-77]
+    for _ in range(5):
+        shared.finish(shared.decode({0: leader, 1: fork}, mixed, have))
+    assert leader.output == alone[1][:7] and fork.output[:1] != leader.output[:1]
+    again = shared.add(PROMPTS[1], SAMPLED, seed=1, index=1)
+    assert shared.generate(again, 7) == fork.output
+
+
 # --- host memory ------------------------------------------------------------------------------------------------------
 
 

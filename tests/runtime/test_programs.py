@@ -51,7 +51,13 @@ def pool_sized(hlo: str, elements: int) -> set[str]:
 
 @pytest.mark.parametrize(
     "name, tp",
-    [*itertools.product(["decode", "prefill", "insert", "gather"], [1, 2]), ("mixed", 2), ("write", 2), ("read", 2)],
+    [
+        *itertools.product(["decode", "prefill", "insert", "gather"], [1, 2]),
+        ("mixed", 2),
+        ("write", 2),
+        ("read", 2),
+        ("duplicate", 2),
+    ],
 )
 def test_no_program_copies_the_pool(name: str, tp: int):
     this = model(tp)
@@ -59,6 +65,7 @@ def test_no_program_copies_the_pool(name: str, tp: int):
         "decode": lambda: programs.decode(this, SHAPES),
         "prefill": lambda: programs.prefill(this, SHAPES, 16),
         "mixed": lambda: mixed.mixed(this, SHAPES, 16),
+        "duplicate": lambda: handover.duplicate(this, SHAPES, 4),
         "write": lambda: host_memory.write_pages(this, SHAPES, 4),
         "read": lambda: host_memory.read_pages(this, SHAPES, 4),
         "insert": lambda: handover.insert(this, SHAPES, Cut(4, 1, tp), 4),
