@@ -34,7 +34,7 @@ from ds_jax.protocol import Copy, Medium, Step
 from ds_jax.runtime import handover, logprobs, mesh
 from ds_jax.runtime.compilation import CompilationCounter, compiling, keep_compiled_programs
 from ds_jax.runtime.handover import Cut, Route
-from ds_jax.runtime.instance import Instance, Result, describe
+from ds_jax.runtime.instance import Instance, Result, describe, takes_long
 from ds_jax.runtime.pool import plan
 from ds_jax.runtime.programs import Model
 from ds_jax.runtime.reader import Reader
@@ -167,11 +167,13 @@ class InProcessExecutor:
                 instance.params = load_params(self.checkpoint, instance.model.mesh, self._dtype, bar.update)
 
     def _compile(self, progress: bool) -> None:
-        jobs: list[Callable[[], None]] = []
+        jobs: list[partial[None]] = []
         for instance in self._instances:
             sends = {route.cut for (i, _), route in self._routes.items() if i == instance.id}
             receives = {route.cut for (_, j), route in self._routes.items() if j == instance.id}
             jobs.extend(instance.compilations(sends, receives))
+        # The long ones first, so that no core waits for another at the end.
+        jobs.sort(key=lambda job: not takes_long(job))
         # XLA compiles without the interpreter's lock, so that threads use all cores.
         bar = tqdm(total=len(jobs), desc="compile programs", disable=not progress)
         with bar, ThreadPoolExecutor(os.cpu_count(), "compile") as threads:

@@ -85,7 +85,7 @@ class Instance:
 
     # --- start-up -----------------------------------------------------------------------------------------------------
 
-    def compilations(self, sends: set[Cut], receives: set[Cut]) -> Iterator[Callable[[], None]]:
+    def compilations(self, sends: set[Cut], receives: set[Cut]) -> Iterator[partial[None]]:
         """Jobs that compile all programs of this instance, one program each."""
         shapes = self.shapes
         yield partial(self._build, "fresh pool", programs.fresh_pool)
@@ -193,7 +193,7 @@ class Instance:
             elif length:
                 table = self.tables[sequence]
                 table.extend(new_pages)
-            else:  # A fork has no tokens: its row samples from the last token before it; its leader's pages are its own.
+            else:  # A fork has no tokens: its row samples from the last token before it; its pages are the leader's.
                 self.tables[sequence] = list(table)
             chunk = Chunk(sequences[sequence], start, length, samples, table)
             chunks.append(chunk)
@@ -312,6 +312,11 @@ class Instance:
             leaf.delete()
         self.params = {}
         self.end_life()
+
+
+def takes_long(compilation: partial[None]) -> bool:
+    """Whether a job of `Instance.compilations` is about a program that holds the whole model."""
+    return compilation.args[1] in (programs.prefill, programs.decode, mixed.mixed)
 
 
 def describe(instance: Instance, group: Any) -> protocol.Instance:
