@@ -15,7 +15,7 @@ import ds_jax
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
-_SCHEMA = {"ds_jax.config", "ds_jax.protocol", "ds_jax.sampling", "ds_jax.architecture", "ds_jax.errors"}
+_SCHEMA = {"ds_jax.config", "ds_jax.protocol", "ds_jax.sampling", "ds_jax.architecture", "ds_jax.errors", "ds_jax.plan"}
 _PLANNING = _SCHEMA | {f"ds_jax.{name}" for name in (
     "attainment", "latency", "metrics", "recorder", "scheduling", "workload")}  # fmt: skip
 _ENGINE = _PLANNING | {"ds_jax.runtime", "ds_jax.text", "ds_jax.detokenize", "models", "kernels"}
@@ -53,6 +53,7 @@ ARROWS: dict[str, set[str]] = {
     "ds_jax.errors": set(),
     "ds_jax.sampling": set(),
     "ds_jax.config": {"ds_jax.protocol"},
+    "ds_jax.plan": {"ds_jax.config"},
     "ds_jax.protocol": set(),
 }  # fmt: skip
 _NO_JAX = ["ds_jax", *list(ARROWS)[list(ARROWS).index("ds_jax.flags") :]]

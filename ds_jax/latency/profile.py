@@ -12,6 +12,7 @@ from typing import Any
 from ds_jax.latency.fitted import FittedStepTime, StepFit
 
 FORMAT = 1
+CHECKOUT = Path(__file__).resolve().parent.parent.parent
 
 
 @dataclass(frozen=True)
@@ -89,14 +90,17 @@ class LatencyProfile:
 
 
 def load(path: str | Path) -> LatencyProfile:
-    """Read a profile that `LatencyProfile.save` wrote.
+    """Read a profile that `LatencyProfile.save` wrote: a path from the working folder, or else from the checkout.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: not a latency profile; one sentence with the file and the field.
     """
+    found = next((one for one in (Path(path), CHECKOUT / path) if one.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"latency profile {path} does not exist")
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        record = json.loads(found.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
     if not isinstance(record, dict) or record.pop("format", None) != FORMAT:

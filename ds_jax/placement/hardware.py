@@ -1,0 +1,162 @@
+"""What a plan's model takes on a plan's machines: step times, memory and links of every shape of instance."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+
+from ds_jax.architecture import Architecture
+from ds_jax.latency import LatencyProfile, Predictor, StepTime, fewest_gpus, gpu, kv_tokens, load, roofline
+from ds_jax.placement.layouts import Group, Unit
+from ds_jax.plan import PlanConfig
+from ds_jax.protocol import Instance, Role
+from ds_jax.simulation import Links, PlacedLatency
+
+PAGE_SIZE = 16
+SLOTS = 256
+"""Sequences that one lane decodes in a step: DistServe's and vLLM's default."""
+MAX_STEP_TOKENS = 2048
+MAX_STEP_SEQUENCES = 64
+_ENDLESS = 10**6
+
+
+class Instant:
+    """Takes no time: the phase that is left out when the other one is looked at alone."""
+
+    stages = 1
+
+    def step_s(self, chunks: Sequence[tuple[int, int]], batch: int, context_tokens: int) -> float:
+        return 0.0
+
+
+class Hardware:
+    """Answers for one plan; `arch` is its model."""
+
+    max_step_tokens = MAX_STEP_TOKENS
+
+    def __init__(self, plan: PlanConfig, arch: Architecture):
+        self.plan = plan
+        self.arch = arch
+        names = dict.fromkeys(Role, plan.cluster.gpu) | {Role.DECODE: plan.cluster.decode_gpu or plan.cluster.gpu}
+        self.gpus = {role: gpu(name) for role, name in names.items()}
+        self._profiles = {role: self._profile(role) for role in Role}
+
+    def _profile(self, role: Role) -> LatencyProfile:
+        """The plan's profile, where it is of this kind of GPU; else a roofline."""
+        kind = self.gpus[role]
+        if self.plan.profile and (kind.name == self.plan.cluster.gpu):
+            return load(self.plan.profile)
+        return roofline(self.arch, kind, self.plan.dtype, model=self.plan.model)
+
+    @property
+    def extrapolated(self) -> bool:
+        """Whether step times were worked out and not measured."""
+        return any(profile.extrapolated for profile in self._profiles.values())
+
+    def notes(self) -> list[str]:
+        """What was asked beyond the measured ranges."""
+        return [note for profile in self._profiles.values() for note in profile.outside.values()]
+
+    def fingerprint(self) -> str:
+        """A digest of all figures."""
+        facts = [dataclasses.asdict(profile) | {"outside": None} for profile in self._profiles.values()]
+        links = dataclasses.asdict(self._links())
+        return hashlib.sha256(json.dumps([facts, links], sort_keys=True, default=str).encode()).hexdigest()
+
+    # --- one instance -------------------------------------------------------------------------------------------------
+
+    def measured(self, group: Group) -> bool:
+        """Whether the profile knows the group's tensor parallelism."""
+        return group.shape.tp in self._profiles[group.role].fits
+
+    def step_time(self, group: Group) -> StepTime:
+        """Step times of an instance of the group."""
+        return self._profiles[group.role].step_time(group.shape.tp, group.shape.pp)
+
+    def kv_tokens(self, group: Group) -> int:
+        """Tokens of KV that an instance of the group holds; 0 if its weights do not fit."""
+        tp, pp = group.shape.tp, group.shape.pp
+        known = self._profiles[group.role].kv_tokens.get(f"{tp},{pp}")
+        return kv_tokens(self.arch, self.gpus[group.role], self.plan.dtype, tp, pp) if known is None else known
+
+    def fewest_gpus(self, group: Group, tokens: int) -> int:
+        """GPUs from which on an instance of this role holds the weights and this many tokens."""
+        return fewest_gpus(self.arch, self.gpus[group.role], self.plan.dtype, tokens)
+
+    # --- one unit -----------------------------------------------------------------------------------------------------
+
+    def instances(self, unit: Unit, phases: Sequence[Role]) -> list[Instance]:
+        """The unit's instances; and, for a phase alone, one of the other that takes no time and has no end."""
+        made: list[Instance] = []
+        for group in unit.groups:
+            for _ in range(group.instances):
+                made.append(self._instance(len(made), group))
+        if len(phases) == 1:
+            (role,) = {Role.PREFILL, Role.DECODE} - set(phases)
+            made.append(
+                Instance(
+                    len(made),
+                    role,
+                    0,
+                    _ENDLESS,
+                    PAGE_SIZE,
+                    slots=_ENDLESS if role is Role.DECODE else 0,
+                    max_step_tokens=_ENDLESS,
+                    max_step_sequences=_ENDLESS,
+                    saturation_tokens=_ENDLESS,
+                )
+            )
+        return made
+
+    def _instance(self, id: int, group: Group) -> Instance:
+        profile = self._profiles[group.role]
+        prefills, decodes = group.role is not Role.DECODE, group.role is not Role.PREFILL
+        return Instance(
+            id,
+            group.role,
+            0,
+            self.kv_tokens(group) // PAGE_SIZE,
+            PAGE_SIZE,
+            lanes=group.shape.pp,
+            slots=SLOTS if decodes else 0,
+            max_step_tokens=MAX_STEP_TOKENS if prefills else 0,
+            max_step_sequences=MAX_STEP_SEQUENCES if prefills else 0,
+            saturation_tokens=profile.l_m(group.shape.tp) if prefills else 0,
+        )
+
+    def latency(self, unit: Unit, instances: Sequence[Instance], phases: Sequence[Role]) -> PlacedLatency:
+        """The truth of a trial."""
+        groups = [group for group in unit.groups for _ in range(group.instances)]
+        steps: dict[int, StepTime] = {one.id: Instant() for one in instances}
+        steps |= {one.id: self.step_time(group) for one, group in zip(instances, groups, strict=False)}
+        gpus = {one.id: group.shape.gpus for one, group in zip(instances, groups, strict=False)}
+        nodes = {one.id: int(unit.kv_crosses_nodes and one.role is Role.DECODE) for one in instances}
+        links = self._links() if len(phases) > 1 else Links(bytes_per_s=1e18, network_bytes_per_s=1e18, latency_s=0.0)
+        overhead_s = max(profile.host_overhead_s for profile in self._profiles.values())
+        page_bytes = PAGE_SIZE * self.arch.kv_bytes_per_token(self.plan.dtype)
+        return PlacedLatency(steps, links, page_bytes, gpus=gpus, nodes=nodes, host_overhead_s=overhead_s)
+
+    def predictor(self, unit: Unit) -> Predictor:
+        """What policies foretell with: the same figures."""
+        by_role = {group.role: group for group in unit.groups}
+
+        def predict(instance: Instance) -> StepTime | None:
+            group = by_role.get(instance.role)
+            return None if group is None else self.step_time(group)
+
+        return predict
+
+    def _links(self) -> Links:
+        profile = self._profiles[Role.PREFILL]
+        return Links(
+            bytes_per_s=profile.copy_bytes_per_s or self.gpus[Role.PREFILL].link_bytes_per_s / 2,
+            network_bytes_per_s=self.plan.cluster.network_gbits * 1e9 / 8,
+            host_bytes_per_s=profile.host_bytes_per_s or self.gpus[Role.PREFILL].pcie_bytes_per_s,
+            latency_s=profile.copy_latency_s or 0.5e-3,
+        )
+
+    def kv_transfer_s(self, tokens: float) -> float:
+        """Seconds that the KV of a prompt takes over the network."""
+        return tokens * self.arch.kv_bytes_per_token(self.plan.dtype) / self._links().network_bytes_per_s

@@ -1,0 +1,127 @@
+"""Which placements there are: shapes of instances, and units of instances that are replicated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ds_jax.architecture import Architecture
+from ds_jax.plan import PlanConfig
+from ds_jax.protocol import Role
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """Parallelism of one instance."""
+
+    tp: int
+    pp: int
+
+    @property
+    def gpus(self) -> int:
+        return self.tp * self.pp
+
+    def __str__(self) -> str:
+        return f"tp{self.tp} pp{self.pp}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Equal instances of one role."""
+
+    role: Role
+    shape: Shape
+    instances: int = 1
+
+    @property
+    def gpus(self) -> int:
+        return self.shape.gpus * self.instances
+
+    def __str__(self) -> str:
+        return f"{self.instances} x {self.role} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Instances that serve together; a plan is a number of equal units."""
+
+    groups: tuple[Group, ...]
+    segments: int = 1
+    """Nodes over which each instance is spread: its stages are cut into this many segments (Algorithm 2)."""
+    kv_crosses_nodes: bool = False
+    """Whether a hand-over goes over the network between nodes."""
+
+    @property
+    def gpus(self) -> int:
+        return sum(group.gpus for group in self.groups)
+
+    def group(self, role: Role) -> Group | None:
+        return next((group for group in self.groups if group.role is role), None)
+
+    def __str__(self) -> str:
+        return " + ".join(map(str, self.groups))
+
+
+def shapes(arch: Architecture, plan: PlanConfig, gpus: int) -> list[Shape]:
+    """Shapes of at most `gpus` GPUs: tp inside a node and dividing the heads, pp dividing the layers.
+
+    Memory is not looked at: what does not fit is told apart from what does not exist.
+    """
+    most_tp = min(plan.cluster.gpus_per_node, plan.search.max_tp or gpus, gpus)
+    tps = [tp for tp in range(1, most_tp + 1) if _splits(arch, tp)]
+    pps = [pp for pp in range(1, min(plan.search.max_pp or gpus, gpus) + 1) if arch.num_layers % pp == 0]
+    return [Shape(tp, pp) for tp in tps for pp in pps if tp * pp <= gpus]
+
+
+def _splits(arch: Architecture, tp: int) -> bool:
+    try:
+        arch.check_tp(tp)
+    except ValueError:
+        return False
+    return True
+
+
+def colocated_units(arch: Architecture, plan: PlanConfig) -> list[Unit]:
+    """vLLM++: one mixed instance of every shape that the cluster has GPUs for."""
+    gpus = plan.cluster.nodes * plan.cluster.gpus_per_node
+    return [Unit((Group(Role.MIXED, shape),)) for shape in shapes(arch, plan, gpus)]
+
+
+def paired_units(arch: Architecture, plan: PlanConfig) -> list[Unit]:
+    """Algorithm 2: a prefill and a decode instance, cut into the same number of segments, one node each.
+
+    Each node holds one segment of both, so KV moves over the links inside nodes.
+    """
+    units = []
+    for segments in range(1, plan.cluster.nodes + 1):
+        per_node = plan.cluster.gpus_per_node
+        inside = shapes(arch, plan, per_node)
+        for prefill, decode in _pairs(inside, per_node):
+            spread = [Shape(shape.tp, shape.pp * segments) for shape in (prefill, decode)]
+            if any(arch.num_layers % shape.pp for shape in spread):
+                continue
+            if plan.search.max_pp and any(shape.pp > plan.search.max_pp for shape in spread):
+                continue
+            units.append(Unit((Group(Role.PREFILL, spread[0]), Group(Role.DECODE, spread[1])), segments))
+    return units
+
+
+def _pairs(inside: list[Shape], gpus: int) -> Iterator[tuple[Shape, Shape]]:
+    for prefill in inside:
+        for decode in inside:
+            if prefill.gpus + decode.gpus <= gpus:
+                yield prefill, decode
+
+
+def multiplexed_units(arch: Architecture, plan: PlanConfig) -> list[Unit]:
+    """Tropical: a node of equal workers, some of which only prefill; every shape and every split."""
+    per_node = plan.cluster.gpus_per_node
+    units = []
+    for shape in shapes(arch, plan, per_node):
+        workers = per_node // shape.gpus
+        for prefill in range(1, workers):
+            units.append(Unit((Group(Role.PREFILL, shape, prefill), Group(Role.MIXED, shape, workers - prefill))))
+    for first, second in _pairs(shapes(arch, plan, per_node), per_node):
+        if first != second:
+            units.append(Unit((Group(Role.PREFILL, first), Group(Role.MIXED, second))))
+    return units
