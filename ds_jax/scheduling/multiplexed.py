@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 from ds_jax.protocol import Prefill
 from ds_jax.scheduling.sequence import Phase, Sequence
-from ds_jax.scheduling.slack import MOST_OVERTAKING, SlackPolicy, decode_tokens
+from ds_jax.scheduling.slack import SlackPolicy, decode_tokens
 from ds_jax.scheduling.worker import Worker
 
 LONGEST_MULTIPLEXED = 8192
@@ -57,7 +57,7 @@ class Multiplexed(SlackPolicy):
         oldest = min(waiting, key=lambda sequence: sequence.order)
         if oldest is not self._oldest:
             self._oldest, self._overtaken = oldest, 0
-        if self._overtaken >= MOST_OVERTAKING:
+        if self._overtaken >= self.most_overtaking:
             self._assign(oldest, self._shortest_queue(oldest))
         some = next(iter(self.workers.values()), None)
         for sequence in heapq.nsmallest(WINDOW, waiting, key=self.order(some)) if some else ():
@@ -145,10 +145,7 @@ class Multiplexed(SlackPolicy):
         return min(prefill or workers, key=lambda worker: worker.prompts.load, default=None)
 
     def place_decode(self, sequence: Sequence) -> Worker | None:
-        """Where it is, or on the multiplexing worker with the fewest decode tokens."""
-        if sequence.home.decodes:
-            return sequence.home
-        return min(self.candidates(sequence, prefill=False), key=decode_tokens, default=None)
+        return place_with_fewest_tokens(sequence, self.candidates(sequence, prefill=False))
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
@@ -195,3 +192,9 @@ class Multiplexed(SlackPolicy):
         if rank(following) < rank(started) and self.may_interrupt(worker) and worker.prompts.can_start(following):
             return following
         return started
+
+
+def place_with_fewest_tokens(sequence: Sequence, workers: list[Worker]) -> Worker | None:
+    """The worker that decodes a finished prefill: where it is, or the multiplexing one with the fewest tokens."""
+    home: Worker = sequence.home
+    return home if home.decodes else min(workers, key=decode_tokens, default=None)

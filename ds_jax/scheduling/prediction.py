@@ -12,6 +12,7 @@ StepDone is heard. All state is plain numbers: the same events give the same pre
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -138,23 +139,26 @@ class Forecast:
             end_ns += self._expected_ns(launched)
         return end_ns
 
-    def chunk_within(self, seconds: float, start: int, most: int, batch: int, context_tokens: int) -> int:
+    def chunk_within(
+        self, seconds: float, start: int, most: int, batch: int, context_tokens: int, beside: Sequence[Chunk] = ()
+    ) -> int:
         """Most tokens, up to `most`, of a prompt from `start` on in a step that hardly exceeds `seconds`; 0: none.
 
-        By bisection: a step with more tokens takes longer, whatever the form of its time.
+        By bisection: a step with more tokens takes longer, whatever the form of its time. `beside` are other chunks.
         """
-        if most <= 0 or self.safe_s([(start, 1)], batch, context_tokens) > seconds:
+
+        def fits(tokens: int) -> bool:
+            return self.safe_s([*beside, (start, tokens)], batch, context_tokens) <= seconds
+
+        if most <= 0 or not fits(1):
             return 0
-        if self.safe_s([(start, most)], batch, context_tokens) <= seconds:
+        if seconds == math.inf or fits(most):
             return most
-        fits, exceeds = 1, most
-        while exceeds - fits > max(1, fits // 32):
-            middle = (fits + exceeds) // 2
-            if self.safe_s([(start, middle)], batch, context_tokens) <= seconds:
-                fits = middle
-            else:
-                exceeds = middle
-        return fits
+        low, high = 1, most
+        while high - low > max(1, low // 32):
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
 
     # --- learning -----------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Many
+from typing import ClassVar
 
 from ds_jax.protocol import Command, Decodes, Event, InstanceUp, Prefill, Role, Step, StepDone, pages_for
 from ds_jax.scheduling.core import Policy
@@ -22,14 +23,13 @@ from ds_jax.scheduling.prediction import Forecast
 from ds_jax.scheduling.sequence import Sequence
 from ds_jax.scheduling.worker import Worker
 
-MOST_OVERTAKING = 16
-"""A prompt is overtaken by so many others in its queue, then it goes next: whatever the order, nobody starves."""
-
 
 class Account:
     """Context and due times of the batch of one lane."""
 
-    def __init__(self) -> None:
+    def __init__(self, forgiving: bool = False) -> None:
+        self.forgiving = forgiving
+        """Whether a request that has missed its TTFT, and with it both targets together, may wait for others."""
         self.batch = 0
         self._decodes: Decodes = Decodes()
         self._step: int | None = None
@@ -101,7 +101,7 @@ class Account:
         self._members[sequence.id] = share = sequence.request.prompt_tokens + tokens - self._tick
         self._context += share
         slo = sequence.request.slo
-        if slo is not None and sequence.first_ns is not None:
+        if slo is not None and sequence.first_ns is not None and not (self.forgiving and missed(sequence)):
             key = sequence.first_ns + slo.tpot_ns * (max(1, tokens) - self._tick)
             self._keys[sequence.id] = key
             heapq.heappush(self._heaps.setdefault(slo.tpot_ns, []), (key, sequence.id))
@@ -114,11 +114,13 @@ class Account:
 class Foresight:
     """What a policy knows of one worker beside its state."""
 
-    def __init__(self, forecast: Forecast, lanes: int):
+    def __init__(self, forecast: Forecast, lanes: int, forgiving: bool):
         self.forecast = forecast
-        self.accounts = [Account() for _ in range(lanes)]
+        self.accounts = [Account(forgiving) for _ in range(lanes)]
         self.decode_turn = False
         """A prompt was just finished here: those who decode go before the next one."""
+        self.admits = True
+        """The last prompt asked for was not refused for want of slack."""
         self.head: Sequence | None = None
         self.overtaken = 0
         """Prompts that were started while `head` was the oldest that waits."""
@@ -134,6 +136,10 @@ class SlackPolicy(Policy):
     """Forecasts, accounts and order, for policies over prefill workers and multiplexing ones."""
 
     roles = frozenset({Role.PREFILL, Role.MIXED})
+    forgiving: ClassVar[bool] = False
+    """As `Account.forgiving`."""
+    most_overtaking: ClassVar[int] = 16
+    """A prompt is overtaken by so many others in its queue, then it goes next: whatever the order, nobody starves."""
 
     def __init__(self, *arguments: object, **options: object):
         super().__init__(*arguments, **options)  # type: ignore[arg-type]
@@ -158,7 +164,7 @@ class SlackPolicy(Policy):
         if found is None:
             step_time = self.predictor(worker.instance) if self.predictor is not None else None
             lanes = worker.instance.lanes
-            found = self._foresights[worker] = Foresight(Forecast(step_time, lanes), lanes)
+            found = self._foresights[worker] = Foresight(Forecast(step_time, lanes), lanes, self.forgiving)
         return found
 
     def run(
@@ -222,7 +228,7 @@ class SlackPolicy(Policy):
         foresight = self.foresight(worker)
         if foresight.head is not head:
             foresight.head, foresight.overtaken = head, 0
-        if foresight.overtaken >= MOST_OVERTAKING:
+        if foresight.overtaken >= self.most_overtaking:
             return head
         return min(prompts.waiting(), key=self.order(worker))
 
@@ -235,13 +241,19 @@ class SlackPolicy(Policy):
 
     def may_interrupt(self, worker: Worker) -> bool:
         """Whether a prompt may go ahead of those that are half done."""
-        return self.foresight(worker).interruptions < MOST_OVERTAKING
+        return self.foresight(worker).interruptions < self.most_overtaking
 
     def below_watermark(self, worker: Worker, tokens: int) -> bool:
         """Whether the worker's pages in use or promised, and those of so many tokens more, stay below the watermark."""
         page_size, promised = worker.instance.page_size, worker.decoding.inbox_pages
         used = worker.ledger.used + promised + pages_for(tokens + sum_waiting(worker), page_size)
         return used <= self.options.memory_watermark * worker.ledger.pages
+
+
+def missed(sequence: Sequence) -> bool:
+    """Whether its first token came too late."""
+    slo, first_ns = sequence.request.slo, sequence.first_ns
+    return slo is not None and first_ns is not None and first_ns - sequence.arrived_ns > slo.ttft_ns
 
 
 def sum_waiting(worker: Worker) -> int:
