@@ -1,0 +1,357 @@
+"""Runs of policies on workloads in simulation, and the rates that they can serve: what `experiments.policies` compares.
+
+All share the truth: step times of a latency profile, links inside one node, no host overhead. Policies that foretell
+get the same step times, wrong by a factor.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from ds_jax.architecture import Architecture
+from ds_jax.attainment import Attainment, Drift, goodput
+from ds_jax.config import SchedulerConfig
+from ds_jax.latency import LatencyProfile, StepTime
+from ds_jax.latency.gpus import gpu
+from ds_jax.latency.roofline import roofline
+from ds_jax.protocol import Instance, Role, Slo
+from ds_jax.scheduling import create_scheduler
+from ds_jax.simulation import Links, PlacedLatency, simulate
+from ds_jax.workload import (
+    LONGBENCH,
+    SHAREGPT,
+    Lengths,
+    Phase,
+    RequestClass,
+    Submission,
+    TraceWorkload,
+    Workload,
+    mix,
+    workload,
+)
+
+PAGE_SIZE = 16
+SLOTS = 512
+MAX_TOKENS = 2048
+"""What every request asks for at most, so that no scheduler knows its output."""
+TTFT_FACTOR = 5
+"""Tropical's target of the first token: so many times the unloaded prefill."""
+
+INTERNLM_20B = Architecture(
+    family="internlm2",
+    vocab_size=92544,
+    hidden_size=6144,
+    num_layers=48,
+    num_heads=48,
+    num_kv_heads=8,
+    head_dim=128,
+    intermediate_size=16384,
+    max_positions=262144,
+)
+
+
+def tropical_profile() -> LatencyProfile:
+    """InternLM2.5-20B on A100-80G, from published figures: extrapolated."""
+    return roofline(INTERNLM_20B, gpu("a100-80g"), "bfloat16", model="InternLM2.5-20B", tps=(1, 2, 4, 8))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The machine: equal instances over a number of GPUs."""
+
+    profile: LatencyProfile
+    gpus: int = 8
+    tp: int = 2
+
+    @property
+    def instances(self) -> int:
+        return self.gpus // self.tp
+
+    def unloaded_prefill_s(self, tokens: int) -> float:
+        return self.profile.fit_of(self.tp).step_s([(0, tokens)], 0, 0)
+
+    def tropical_slo(self, lengths: Lengths) -> Slo:
+        """TTFT five times the unloaded prefill, TPOT 100 ms."""
+        return slo(TTFT_FACTOR * self.unloaded_prefill_s(lengths.prompt), 0.1)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy with its placement and its budget."""
+
+    policy: str
+    roles: tuple[tuple[Role, int], ...]
+    """How many instances of each role."""
+    step_tokens: int
+    options: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+    def __str__(self) -> str:
+        parts = ["+".join(f"{count}{str(role)[0].upper()}" for role, count in self.roles)]
+        budget = self.options.token_budget if self.policy == "chunked" else self.step_tokens
+        parts.append(f"{budget} tokens")
+        if self.policy == "multiplexed":
+            parts.append(self.options.queue_order)
+        return ", ".join(parts)
+
+
+def candidates(policy: str, instances: int, quick: bool = False) -> list[Candidate]:
+    """The small grid that each system is tuned over: chunk budget, placement and, of Tropical, queue order."""
+    budgets = (2048,) if quick else (1024, 2048, 8192)
+    splits = [(first, instances - first) for first in range(1, instances)]
+    if policy == "colocated":
+        return [Candidate(policy, ((Role.MIXED, instances),), budget) for budget in budgets]
+    if policy == "chunked":
+        every = ((Role.MIXED, instances),)
+        chunks = (512, 2048) if quick else (256, 512, 1024, 2048)
+        return [Candidate(policy, every, 8192, SchedulerConfig(token_budget=budget)) for budget in chunks]
+    second = Role.DECODE if policy == "disaggregated" else Role.MIXED
+    placements = [((Role.PREFILL, one), (second, other)) for one, other in splits]
+    orders = ("fcfs", "sjf") if policy == "multiplexed" and not quick else ("fcfs",)
+    found = [
+        Candidate(policy, placement, budget, SchedulerConfig(queue_order=order))
+        for placement, budget, order in itertools.product(placements, budgets, orders)
+    ]
+    if policy == "deflected":
+        found += [Candidate(policy, ((Role.MIXED, instances),), budget) for budget in budgets]
+    return found
+
+
+def slo(ttft_s: float, tpot_s: float) -> Slo:
+    return Slo(round(ttft_s * 1e9), round(tpot_s * 1e9))
+
+
+class Scenario(NamedTuple):
+    """A workload, made at a rate for a seed."""
+
+    name: str
+    make: Callable[[float, int, int], Iterable[Submission]]
+    """From rate, count and seed."""
+    targets: str
+    assumed: str
+    guess: float
+    """Requests/s where to begin the search."""
+
+
+def scenarios(setting: Setting, mooncake: str | None) -> dict[str, Scenario]:
+    """The workloads of the comparison, by name."""
+    chat, tropical = slo(0.25, 0.1), setting.tropical_slo
+    code, long = slo(0.125, 0.2), slo(15.0, 0.15)
+
+    def published(name: str, targets: Slo | Callable[[Lengths], Slo], cv: float = 1.0):
+        def make(rate: float, count: int, seed: int) -> Workload | TraceWorkload:
+            return workload(name, rate=rate, cv=cv, count=count, seed=seed, slo=targets, max_tokens=MAX_TOKENS)
+
+        return make
+
+    def trace(rate: float, count: int, seed: int) -> TraceWorkload:
+        """Another part of the trace for each seed."""
+        assert mooncake is not None
+        return workload(mooncake, rate=rate, count=count, skip=seed * count, slo=tropical, max_tokens=MAX_TOKENS)  # type: ignore[return-value]
+
+    def classes(phases: tuple[Phase, ...]):
+        both = (RequestClass("chat", SHAREGPT, chat, 0.7), RequestClass("summary", LONGBENCH, long, 0.3))
+
+        def make(rate: float, count: int, seed: int) -> Workload:
+            return mix(both, rate=rate, count=count, seed=seed, phases=phases, max_tokens=MAX_TOKENS)
+
+        return make
+
+    shift = (Phase(20.0, (1.0, 0.0)), Phase(20.0, (0.5, 0.5)), Phase(20.0, (0.1, 0.9)))
+    five = "TTFT 5x unloaded prefill, TPOT 0.1 s"
+    apart = "chat 0.25/0.1 s, summary 15/0.15 s"
+    all = [
+        Scenario("sharegpt", published("sharegpt", chat), "0.25/0.1 s", "", 16.0),
+        Scenario("humaneval", published("humaneval", code), "0.125/0.2 s", workload("humaneval", rate=1).assumed, 40.0),
+        Scenario("longbench", published("longbench", tropical), five, workload("longbench", rate=1).assumed, 8.0),
+        Scenario("mooncake", trace, five, "", 1.5)
+        if mooncake
+        else Scenario("mooncake", published("mooncake", tropical), five, workload("mooncake", rate=1).assumed, 1.5),
+        Scenario("bursty", published("sharegpt", chat, cv=4.0), "ShareGPT, cv 4, 0.25/0.1 s", "", 8.0),
+        Scenario("two_classes", classes(()), apart, "70 % ShareGPT, 30 % LongBench; " + LONGBENCH.assumed, 10.0),
+        Scenario("shifting", classes(shift), apart, "shares shift every 20 s; " + LONGBENCH.assumed, 10.0),
+    ]
+    return {one.name: one for one in all}
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """Step times that are off by a factor."""
+
+    truth: StepTime
+    factor: float
+
+    @property
+    def stages(self) -> int:
+        return self.truth.stages
+
+    def step_s(self, chunks, batch, context_tokens):  # type: ignore[no-untyped-def]
+        return self.factor * self.truth.step_s(chunks, batch, context_tokens)
+
+
+def run(
+    setting: Setting, candidate: Candidate, requests: Iterable[Submission], error: float, warmup: float = 0.0
+) -> Attainment:
+    """Serve the requests in simulation. `error` is the relative error of what the policy foretells."""
+    profile, tp = setting.profile, setting.tp
+    step_time = profile.step_time(tp, 1)
+    pages = profile.kv_tokens[f"{tp},1"] // PAGE_SIZE
+    instances = [
+        Instance(
+            id,
+            role,
+            0,
+            pages,
+            PAGE_SIZE,
+            slots=SLOTS,
+            max_step_tokens=candidate.step_tokens,
+            max_step_sequences=64,
+            saturation_tokens=min(profile.l_m(tp), candidate.step_tokens),
+        )
+        for id, role in enumerate([role for role, count in candidate.roles for _ in range(count)])
+    ]
+    predicted = Wrong(step_time, 1 + error)
+    scheduler = create_scheduler(candidate.policy, candidate.options, lambda instance: predicted)
+    truth = PlacedLatency(
+        {one.id: step_time for one in instances},
+        Links(profile.copy_bytes_per_s or 300e9),
+        PAGE_SIZE * profile.kv_bytes_per_token,
+        gpus={one.id: tp for one in instances},
+    )
+    brought: dict[int, Submission] = {}
+
+    def told() -> Iterable[Submission]:
+        for one in requests:
+            brought[one.request.id] = one
+            yield one
+
+    attained = Attainment()
+
+    def end(times) -> None:  # type: ignore[no-untyped-def]
+        one = brought.pop(times.sequence)
+        attained.add(times, one.request.slo, one.label)
+
+    simulate(scheduler, instances, told(), truth, on_end=end)
+    return attained
+
+
+class Tuned(NamedTuple):
+    candidate: Candidate
+    rate: float
+    """Highest rate at which it passed on the tuning seed."""
+    tried: int
+
+
+def tune(
+    setting: Setting, scenario: Scenario, policy: str, *, count: int, seed: int, share: float, rounds: int, quick: bool
+) -> Tuned:
+    """The candidate that passes at the highest rate: bisection over the rate, with those that still pass.
+
+    The predictors are exact here; errors are for the reported runs.
+    """
+    alive = candidates(policy, setting.instances, quick)
+    best, tried = alive[0], 0
+    low, high = 0.0, 0.0
+    rate = scenario.guess
+    while tried == 0 or high == 0.0 or rounds > 0:
+        attained = []
+        for candidate in alive:
+            made = run(setting, candidate, scenario.make(rate, count, seed), 0.0)
+            attained.append(made.shares().both)
+        tried += len(alive)
+        passed = [one for one, value in zip(alive, attained, strict=True) if value >= share]
+        top = alive[attained.index(max(attained))]
+        if passed:
+            low, best = rate, top
+            alive = passed
+        else:
+            high = rate
+            if not low:
+                best = top
+        if high and low:
+            rounds -= 1
+            rate = (low * high) ** 0.5
+        elif high:
+            rate /= 1.6
+            if rate < scenario.guess / 100:
+                break
+        else:
+            rate *= 1.6
+        if len(alive) == 1 and low and high and high / low < 1.15:
+            break
+    return Tuned(best, low or rate, tried)
+
+
+@dataclass(frozen=True)
+class Point:
+    """Attainment at one rate, over all reported seeds and errors."""
+
+    rate: float
+    both: float
+    low: float
+    high: float
+    ttft: float
+    tpot: float
+    ttft_p90_s: float
+    tpot_p90_s: float
+    stable: bool
+    labels: dict[str, float]
+
+
+def measure(
+    setting: Setting,
+    scenario: Scenario,
+    candidate: Candidate,
+    rate: float,
+    *,
+    count: int,
+    runs: Iterable[tuple[int, float]],
+) -> Point:
+    """Pool the runs (seed, predictor error) at this rate."""
+    made = [run(setting, candidate, scenario.make(rate, count, seed), error) for seed, error in runs]
+    shares = [one.shares() for one in made]
+    mean = sum(one.both for one in shares) / len(shares)
+    # Independent runs: the half widths add like standard errors.
+    below = sum((one.both - one.both_interval.low) ** 2 for one in shares) ** 0.5 / len(shares)
+    above = sum((one.both_interval.high - one.both) ** 2 for one in shares) ** 0.5 / len(shares)
+    drifts: list[Drift] = [one.drift() for one in made]
+    labels = made[0].labels
+    return Point(
+        rate,
+        mean,
+        max(0.0, mean - below),
+        min(1.0, mean + above),
+        sum(one.ttft for one in shares) / len(shares),
+        sum(one.tpot for one in shares) / len(shares),
+        sum(one.ttft_s().p90 for one in made) / len(made),
+        sum(one.tpot_s().p90 for one in made) / len(made),
+        all(one.stable for one in drifts),
+        {label: sum(one.shares(label).both for one in made) / len(made) for label in labels if len(labels) > 1},
+    )
+
+
+def curve(points: list[Point], share: float) -> tuple[float, float, float]:
+    """Goodput with its interval: where attainment, and both ends of its interval, fall below `share`."""
+    rates = [point.rate for point in points]
+    by = [[point.both for point in points], [point.low for point in points], [point.high for point in points]]
+    middle, low, high = (goodput(rates, values, share) for values in by)
+    return middle, low, high
+
+
+__all__ = [
+    "Candidate",
+    "Point",
+    "Scenario",
+    "Setting",
+    "Tuned",
+    "candidates",
+    "curve",
+    "measure",
+    "replace",
+    "run",
+    "scenarios",
+    "tropical_profile",
+    "tune",
+]
