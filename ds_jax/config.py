@@ -94,6 +94,9 @@ class SchedulerConfig:
 
     pull_watermark: float = 0.05
     """A decode instance pulls while sequences that wait for a slot hold less than this share of its pool."""
+    steps_per_lane: int = 2
+    """Steps in flight on each lane: with 2 the next one is queued behind the one that runs, so that devices never wait
+    for the scheduler; with 1 it is planned when that one is done, as the public systems do."""
     preemption: Literal["recompute", "swap"] = "recompute"
     """What happens to a sequence whose pages are taken: recompute replays it, swap moves them to host memory."""
     token_budget: int = 512
@@ -200,6 +203,8 @@ class Config:
         if self.scheduler.preemption == "swap" and not self.cache.host_pages:
             raise ValueError("scheduler.preemption = swap needs cache.host_pages >= 1, got 0")
         _at_least("scheduler.token_budget", self.scheduler.token_budget, 1)
+        if self.scheduler.steps_per_lane not in (1, 2):
+            raise ValueError(f"scheduler.steps_per_lane = {self.scheduler.steps_per_lane} must be 1 or 2")
         for name, value in (("ttft_s", self.slo.ttft_s), ("tpot_s", self.slo.tpot_s)):
             if not value >= 0:
                 raise ValueError(f"slo.{name} = {value} must be 0 or more")

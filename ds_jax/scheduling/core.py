@@ -421,7 +421,8 @@ class Policy:
         if (old := self.workers.get(instance.id)) is not None:
             self._on_instance_lost(instance.id, old.instance.epoch)
         self._known[instance.id] = instance
-        self.workers[instance.id] = worker = Worker(instance, self.options.pull_watermark)
+        options = self.options
+        self.workers[instance.id] = worker = Worker(instance, options.pull_watermark, options.steps_per_lane)
         self.touch(worker)
         for sequence in _by_age(self.waiting.values()):
             if why := self._cannot_ever_run(sequence):

@@ -15,10 +15,11 @@ from ds_jax.scheduling.sequence import Phase, Sequence
 class Worker:
     """What a policy plans for. Every worker has both sides; which of them it uses is the policy's to say."""
 
-    def __init__(self, instance: Instance, pull_watermark: float = 1.0):
+    def __init__(self, instance: Instance, pull_watermark: float = 1.0, steps_per_lane: int = STEPS_PER_LANE):
         self.instance = instance
         self.ledger = PageLedger(instance.pages, instance.page_size)
         self.in_flight = [0] * instance.lanes
+        self.steps_per_lane = steps_per_lane
         self.alive = True
         self.draining = False
         self.prompts = Prompts(instance, self.ledger)
@@ -47,12 +48,12 @@ class Worker:
 
     def open(self, lane: int) -> bool:
         """Whether the lane may have another step in flight."""
-        return self.in_flight[lane] < STEPS_PER_LANE
+        return self.in_flight[lane] < self.steps_per_lane
 
     def free_lane(self) -> int | None:
         """The lane with the fewest steps in flight, if it may have another."""
         lane = min(range(len(self.in_flight)), key=self.in_flight.__getitem__)
-        return lane if self.in_flight[lane] < STEPS_PER_LANE else None
+        return lane if self.in_flight[lane] < self.steps_per_lane else None
 
     def next_decodes(self, lane: int) -> Decodes:
         """All members of the lane's batch that can take another step. It must be launched next, if not empty."""
