@@ -39,4 +39,4 @@ def apply(
     Returns:
         float32. Each expert's own output has been rounded to the type of x.
     """
-    return choose(backend, FORMS)(x, up, down, chosen, weights, activation=activation)
+    return choose("expert MLP", backend, FORMS)(x, up, down, chosen, weights, activation=activation)

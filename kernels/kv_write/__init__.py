@@ -24,4 +24,4 @@ def write(
     A slot below 0 or from P * N on writes nothing (padding). Slots that write must differ. Keys and values are
     cast to the pages' type.
     """
-    return choose(backend, FORMS)(k_pages, v_pages, k, v, slots)
+    return choose("KV write", backend, FORMS)(k_pages, v_pages, k, v, slots)

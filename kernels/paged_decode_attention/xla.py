@@ -21,6 +21,8 @@ def attend(
     v_pages: jax.Array,
     page_table: jax.Array,
     lengths: jax.Array,
+    k_scales: jax.Array | None = None,
+    v_scales: jax.Array | None = None,
     *,
     scale: float,
     window: int | None = None,
@@ -28,7 +30,8 @@ def attend(
 ) -> jax.Array:
     """See the package."""
     form = functools.partial(over_sequences, scale=scale, window=window, soft_cap=soft_cap)
-    return by_platform(form, q, k_pages, v_pages, page_table, lengths)
+    scales = () if k_scales is None or v_scales is None else (k_scales, v_scales)
+    return by_platform(form, q, k_pages, v_pages, page_table, lengths, *scales)
 
 
 def over_sequences(
@@ -37,6 +40,8 @@ def over_sequences(
     v_pages: jax.Array,
     page_table: jax.Array,
     lengths: jax.Array,
+    k_scales: jax.Array | None = None,
+    v_scales: jax.Array | None = None,
     *,
     scale: float,
     window: int | None = None,
@@ -59,20 +64,22 @@ def over_sequences(
             best, weight, mean = carry
             numbers = lax.dynamic_slice(page_table, (b, i * pages), (1, pages))[0]
 
-            def taken(pool: jax.Array) -> jax.Array:  # [K, columns, D]
+            def taken(pool: jax.Array, scales: jax.Array | None) -> jax.Array:  # [K, columns, D]
                 some = pool.at[numbers].get(mode="promise_in_bounds").astype(jnp.float32)
+                if scales is not None:
+                    some = some * scales[numbers][..., None, None]
                 return some.transpose(1, 0, 2, 3).reshape(kv_heads, columns, head_dim)
 
             token = i * columns + jnp.arange(columns)
             seen = (token >= first) & (token < length)
-            scores = jnp.einsum("kgd,knd->kgn", query, taken(k_pages), precision=lax.Precision.HIGHEST)
+            scores = jnp.einsum("kgd,knd->kgn", query, taken(k_pages, k_scales), precision=lax.Precision.HIGHEST)
             if soft_cap is not None:
                 scores = soft_cap * jnp.tanh(scores / soft_cap)
             scores = jnp.where(seen, scores, -jnp.inf)
             new_best = jnp.maximum(best, scores.max(-1, keepdims=True))
             rescale, p = jnp.exp(best - new_best), jnp.exp(scores - new_best)
             # A freed page may hold anything, NaN included, and 0 * NaN is NaN.
-            values = jnp.where(seen[:, None], taken(v_pages), 0)
+            values = jnp.where(seen[:, None], taken(v_pages, v_scales), 0)
             mean = mean * rescale + jnp.einsum("kgn,knd->kgd", p, values, precision=lax.Precision.HIGHEST)
             return new_best, weight * rescale + p.sum(-1, keepdims=True), mean
 

@@ -16,6 +16,8 @@ def attend(
     starts: jax.Array,
     lengths: jax.Array,
     contexts: jax.Array,
+    k_scales: jax.Array | None = None,
+    v_scales: jax.Array | None = None,
     *,
     scale: float,
     window: int | None = None,
@@ -27,4 +29,15 @@ def attend(
     chunk = jnp.argmax(inside, 1)
     seen = contexts[chunk] + token[:, 0] - starts[chunk] + 1
     seen = jnp.where(inside.any(1), seen, 0)
-    return decode.attend(q, k_pages, v_pages, page_table[chunk], seen, scale=scale, window=window, soft_cap=soft_cap)
+    return decode.attend(
+        q,
+        k_pages,
+        v_pages,
+        page_table[chunk],
+        seen,
+        k_scales,
+        v_scales,
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+    )

@@ -27,6 +27,8 @@ def attend(
     starts: jax.Array,
     lengths: jax.Array,
     contexts: jax.Array,
+    k_scales: jax.Array | None = None,
+    v_scales: jax.Array | None = None,
     *,
     scale: float,
     window: int | None = None,
@@ -34,7 +36,8 @@ def attend(
 ) -> jax.Array:
     """See the package. Cost follows the chunks' real lengths, rounded up to blocks."""
     form = functools.partial(over_heads, scale=scale, window=window, soft_cap=soft_cap)
-    return by_platform(form, q, k_pages, v_pages, page_table, starts, lengths, contexts)
+    scales = () if k_scales is None or v_scales is None else (k_scales, v_scales)
+    return by_platform(form, q, k_pages, v_pages, page_table, starts, lengths, contexts, *scales)
 
 
 def over_heads(
@@ -45,6 +48,8 @@ def over_heads(
     starts: jax.Array,
     lengths: jax.Array,
     contexts: jax.Array,
+    k_scales: jax.Array | None = None,
+    v_scales: jax.Array | None = None,
     *,
     scale: float,
     window: int | None = None,
@@ -80,12 +85,14 @@ def over_heads(
                 best, weight, mean = carry
                 numbers = lax.dynamic_slice(page_table, (r, j * pages), (1, pages))[0]
 
-                def taken(pool: jax.Array) -> jax.Array:
-                    some = pool.at[numbers, h].get(mode="promise_in_bounds")
-                    return some.reshape(columns, head_dim).astype(jnp.float32)
+                def taken(pool: jax.Array, scales: jax.Array | None) -> jax.Array:
+                    some = pool.at[numbers, h].get(mode="promise_in_bounds").astype(jnp.float32)
+                    if scales is not None:
+                        some = some * scales[numbers, h][:, None, None]
+                    return some.reshape(columns, head_dim)
 
                 key = j * columns + jnp.arange(columns)
-                scores = jnp.einsum("qd,sd->qs", query, taken(k_pages), precision=lax.Precision.HIGHEST)
+                scores = jnp.einsum("qd,sd->qs", query, taken(k_pages, k_scales), precision=lax.Precision.HIGHEST)
                 if soft_cap is not None:
                     scores = soft_cap * jnp.tanh(scores / soft_cap)
                 seen = (key <= position[:, None]) & (key < end)
@@ -95,7 +102,7 @@ def over_heads(
                 new_best = jnp.maximum(best, scores.max(-1, keepdims=True))
                 rescale, p = jnp.exp(best - new_best), jnp.exp(scores - new_best)
                 # A freed page may hold anything, NaN included, and 0 * NaN is NaN.
-                values = jnp.where(((key >= begin) & (key < end))[:, None], taken(v_pages), 0)
+                values = jnp.where(((key >= begin) & (key < end))[:, None], taken(v_pages, v_scales), 0)
                 mean = mean * rescale + jnp.einsum("qs,sd->qd", p, values, precision=lax.Precision.HIGHEST)
                 return new_best, weight * rescale + p.sum(-1, keepdims=True), mean
 

@@ -239,7 +239,27 @@ def test_a_write_changes_the_slots_it_names_and_no_other(form, slots):
 
 def test_an_unknown_backend_is_refused():
     k_pages, v_pages = random_pool(0, 2, 8)
-    with pytest.raises(ValueError, match="backend = 'cuda' must be auto or one of xla, definition"):
+    with pytest.raises(ValueError, match="backend = 'cuda' must be auto or one of mosaic, xla, definition"):
         paged_decode_attention.attend(
             np.zeros((1, 4, 8)), k_pages, v_pages, np.zeros((1, 1), int), np.ones(1, int), scale=1.0, backend="cuda"
         )
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_quantised_pages_are_read_with_the_scale_of_their_page_and_head(dtype: str):
+    random = np.random.default_rng(0)
+    wide = random.normal(size=(2, PAGES, 2, PAGE, 8))
+    most = 127 if dtype == "int8" else 448
+    scales = np.abs(wide).max((-1, -2)) / most
+    narrow = wide / scales[..., None, None]
+    narrow = np.rint(narrow).astype(np.int8) if dtype == "int8" else narrow.astype(jnp.dtype(dtype))
+    wide = (narrow.astype(np.float32) * scales[..., None, None]).astype(np.float32)
+    scales = scales.astype(np.float32)
+    lengths = [9, 0, 4, 24]
+    table = owned_pages(1, lengths)
+    q = random.normal(size=(4, 4, 8)).astype(np.float32)
+    chunks = np.array([0, 2, 2, 3]), np.array([2, 0, 1, 1]), np.array([7, 0, 3, 23])
+    for forms, rest in ((DECODE, (table, np.array(lengths))), (PREFILL, (table, *chunks))):
+        expected = forms["definition"](q, *wide, *rest)
+        for form in forms.values():
+            np.testing.assert_allclose(form(q, *narrow, *rest, *scales), expected, atol=1e-5)
