@@ -89,6 +89,14 @@ class CacheConfig:
 
 
 @dataclass(frozen=True)
+class KernelsConfig:
+    """Which implementations the programs are made of."""
+
+    backend: Literal["auto", "mosaic", "xla", "definition"] = "auto"
+    """auto: the fastest that the platform, type and shape allow; else this one, and XLA's for what it cannot do."""
+
+
+@dataclass(frozen=True)
 class SchedulerConfig:
     """Knobs of the policies."""
 
@@ -150,6 +158,7 @@ class Config:
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     mixed: MixedConfig = field(default_factory=MixedConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     slo: SloConfig = field(default_factory=SloConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

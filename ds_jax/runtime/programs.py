@@ -27,6 +27,7 @@ from ds_jax.runtime.compilation import compile_ahead
 from ds_jax.runtime.pool import Pool, abstract_pool
 from ds_jax.runtime.sequence import Sequence as TokenSequence
 from ds_jax.runtime.shapes import Shapes, bucket_for
+from kernels.backends import Backend
 from models.sharding import POOL_AXES, TENSOR, spec_of
 from models.transformer import Params, Transformer, partition_specs
 
@@ -44,6 +45,8 @@ class Model:
     graphdef: nnx.GraphDef
     params: Params
     """Abstract, with shardings."""
+    backend: Backend = "auto"
+    """Which form of the kernels is taken."""
 
     @property
     def axis(self) -> str | None:
@@ -70,6 +73,7 @@ class Model:
                 scale=self.arch.attention_scale,
                 window=self.arch.kind(layer).window,
                 soft_cap=self.arch.attention_soft_cap,
+                backend=self.backend,
             )
 
         hidden = model(tokens, positions, attend, self.axis)
