@@ -54,6 +54,8 @@ class Policy:
 
     roles: ClassVar[frozenset[Role]] = frozenset(Role)
     """Roles of the instances that it works with; others are refused."""
+    pulls_at_once: ClassVar[bool] = True
+    """Whether hand-overs are pulled as soon as the pull rule allows; otherwise `plan` does it."""
 
     def __init__(self, options: SchedulerConfig | None = None, predictor: Predictor | None = None):
         self.options = options or SchedulerConfig()
@@ -96,6 +98,10 @@ class Policy:
     def plan(self, worker: Worker) -> None:
         """Give the worker, by `run`, the steps that it can take now. Called when anything may have changed for it."""
         raise NotImplementedError
+
+    def admit(self, worker: Worker) -> None:
+        """Give slots to those whose pages are on the worker. As given: to all, while there are slots."""
+        worker.decoding.admit()
 
     def dispatch(self) -> None:
         """Called after each event, before the workers are planned: the place to `assign` those in `waiting`."""
@@ -191,7 +197,7 @@ class Policy:
             while decoding.siblings and (copy := decoding.separate(self._flight)) is not None:
                 self._commands.append(copy)
             if decoding.landed:
-                decoding.admit()
+                self.admit(worker)
             self.plan(worker)
             if worker.preempted:  # slots came free: who waits for one goes before the next pull
                 preempted, worker.preempted = worker.preempted, []
@@ -199,7 +205,7 @@ class Policy:
                     self._replay_if_left(sequence)
                 self.touch(worker)
                 continue
-            while decoding.inbox and (copy := decoding.pull(self._flight)) is not None:
+            while self.pulls_at_once and decoding.inbox and (copy := decoding.pull(self._flight)) is not None:
                 self._commands.append(copy)
 
     # --- requests come and go -----------------------------------------------------------------------------------------

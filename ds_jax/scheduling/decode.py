@@ -152,9 +152,9 @@ class Decoding:
 
     # --- slots --------------------------------------------------------------------------------------------------------
 
-    def admit(self) -> None:
-        """Give landed sequences a slot, oldest landing first, in the lane with the smallest batch."""
-        while self.landed:
+    def admit(self, most: int | None = None) -> None:
+        """Give landed sequences a slot, oldest landing first, in the lane with the smallest batch; `most` of them."""
+        for _ in range(len(self.landed) if most is None else most):
             batch = min(self.batches, key=lambda batch: len(batch.sequences))
             if not batch.slots:
                 return

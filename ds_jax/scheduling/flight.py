@@ -94,6 +94,10 @@ class Flight:
                 worker.ledger.unpin(lease)
         return flight
 
+    def moves(self, copy: int) -> bool:
+        """Whether the copy is in flight."""
+        return copy in self._copies
+
     def copy_of(self, sequence: Sequence) -> CopyInFlight:
         """The copy that moves this sequence now."""
         assert sequence.copy is not None

@@ -123,6 +123,8 @@ class VirtualTime:
     ):
         self.scheduler = scheduler
         self.latency = latency
+        self._host_ns: Callable[[Step, int], int] | None = getattr(latency, "host_ns", None)
+        self._copies_after_steps: bool = getattr(latency, "copies_after_steps", False)
         self.on_end = on_end
         self.clock = StageClock()
         self.now_ns = 0
@@ -256,9 +258,9 @@ class VirtualTime:
         if lane.queued is None:
             lane.running = None
         else:
-            lane.running, duration_ns = lane.queued
+            lane.running, duration_ns, host_ns = lane.queued
             lane.queued = None
-            self._at(lane.pipeline.enter(self.now_ns, duration_ns), lane)
+            self._at(lane.pipeline.enter(self.now_ns, duration_ns, host_ns), lane)
         emitted, ending = lane.emit(step)
         if step.prefills:
             emitted = dict(emitted)
@@ -353,12 +355,14 @@ class VirtualTime:
                 _in_range(prefill.new_pages, pool, step)
         for decode in lane.launch(step):
             _in_range(decode.new_pages, pool, step)
-        duration_ns = self.latency.step_ns(step, lane.context_tokens if step.decodes else 0)
+        context_tokens = lane.context_tokens if step.decodes else 0
+        duration_ns = self.latency.step_ns(step, context_tokens)
+        host_ns = self._host_ns(step, context_tokens) if self._host_ns is not None else 0
         if lane.running is None:
             lane.running = step
-            self._at(lane.pipeline.enter(self.now_ns, duration_ns), lane)
+            self._at(lane.pipeline.enter(self.now_ns, duration_ns, host_ns), lane)
         else:
-            lane.queued = (step, duration_ns)
+            lane.queued = (step, duration_ns, host_ns)
 
     def _copy(self, copy: Copy) -> None:
         for place, side in ((copy.source, 0), (copy.destination, 1)):
@@ -367,7 +371,10 @@ class VirtualTime:
             if copy.pages:
                 _in_range([pair[side] for pair in copy.pages], self._instances[place.instance].pages, copy)
         self._copies[copy.id] = copy
-        self._at(self.now_ns + self.latency.copy_ns(copy, self.now_ns), CopyDone(copy.id, ok=True))
+        begin_ns = self.now_ns
+        if self._copies_after_steps and copy.source.instance != copy.destination.instance:
+            begin_ns = max(begin_ns, self._lanes[*copy.destination[:2], 0].pipeline.free_ns)
+        self._at(begin_ns + self.latency.copy_ns(copy, begin_ns), CopyDone(copy.id, ok=True))
 
     def _lives(self, instance: int, epoch: int) -> bool:
         return instance in self._instances and self._instances[instance].epoch == epoch

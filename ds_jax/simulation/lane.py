@@ -21,23 +21,32 @@ class Pipeline:
         self._stages = stages
         self._free_ns = [0] * stages
 
-    def enter(self, now_ns: int, duration_ns: int) -> int:
+    @property
+    def free_ns(self) -> int:
+        """When all that has entered has left the last stage. Not kept for an instance of one stage."""
+        return self._free_ns[-1]
+
+    def enter(self, now_ns: int, duration_ns: int, host_ns: int = 0) -> int:
         """A step that takes `duration_ns` through all stages enters the first one now, or when it is free.
+
+        Each stage's host works `host_ns` on a step before the stage begins it, on one at a time. Later stages' hosts do
+        so while they wait for the stages before them: there it shows only when the pipeline is full.
 
         Returns:
             When it leaves the last stage.
         """
         if self._stages == 1:
-            return now_ns + duration_ns
+            return now_ns + host_ns + duration_ns
+        given_ns = now_ns
         for stage, free_ns in enumerate(self._free_ns):
             share_ns = duration_ns * (stage + 1) // self._stages - duration_ns * stage // self._stages
-            now_ns = max(now_ns, free_ns) + share_ns
+            now_ns = max(now_ns, max(given_ns, free_ns) + host_ns) + share_ns
             self._free_ns[stage] = now_ns
         return now_ns
 
 
 class Lane:
-    """The step that runs and the one queued behind it, with its duration, and the running batch."""
+    """The step that runs and the one queued behind it, with its times on devices and host, and the running batch."""
 
     __slots__ = (
         "_batch_of",
@@ -77,7 +86,7 @@ class Lane:
         self.held = False
         """The running step is through, but must not be told before one of another lane."""
         self.running: Step | None = None
-        self.queued: tuple[Step, int] | None = None
+        self.queued: tuple[Step, int, int] | None = None
         self.context_tokens = 0
         """Tokens that the decodes of the last step launched attend to."""
         self._left, self._context, self._batch_of, self._lane_of = left, context, batch_of, lane_of

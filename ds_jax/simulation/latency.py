@@ -11,7 +11,12 @@ from ds_jax.protocol import Copy, Medium, Step
 
 
 class LatencyModel(Protocol):
-    """Asked once for every step and copy, in the order of their commands."""
+    """Asked once for every step and copy, in the order of their commands.
+
+    A model may also have `host_ns(step, context_tokens)`: nanoseconds that the host of each stage works on a step
+    before its devices begin (`Pipeline.enter`); and `copies_after_steps`: whether a copy between instances waits until
+    all that is in the destination's pipeline has left it. `PublicLatency` has both.
+    """
 
     def step_ns(self, step: Step, context_tokens: int) -> int:
         """Nanoseconds that the step runs, through all stages; its decodes attend to `context_tokens` tokens in all."""
