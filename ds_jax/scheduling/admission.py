@@ -22,10 +22,12 @@ WINDOW = 32
 class Entry:
     """One prompt in line."""
 
-    __slots__ = ("deadline_ns", "late", "sequence", "work_ns")
+    __slots__ = ("deadline_ns", "late", "rank", "sequence", "work_ns")
 
-    def __init__(self, sequence: Sequence, deadline_ns: float, work_ns: float):
+    def __init__(self, sequence: Sequence, rank: float, deadline_ns: float, work_ns: float):
         self.sequence = sequence
+        self.rank = rank
+        """Place in line: its deadline, or what is put in the place of one."""
         self.deadline_ns = deadline_ns
         self.work_ns = work_ns
         """What its prefill takes, alone on a worker."""
@@ -33,7 +35,7 @@ class Entry:
         """Given up."""
 
     def __lt__(self, other: Entry) -> bool:
-        return (self.deadline_ns, self.sequence.order) < (other.deadline_ns, other.sequence.order)
+        return (self.rank, self.sequence.order) < (other.rank, other.sequence.order)
 
 
 class Line:
@@ -50,9 +52,9 @@ class Line:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def add(self, sequence: Sequence, deadline_ns: float, work_ns: float) -> None:
+    def add(self, sequence: Sequence, rank: float, deadline_ns: float, work_ns: float) -> None:
         """The sequence waits from now on."""
-        entry = self._entries[sequence.id] = Entry(sequence, deadline_ns, work_ns)
+        entry = self._entries[sequence.id] = Entry(sequence, rank, deadline_ns, work_ns)
         bisect.insort(self._ranked, entry)
         self._oldest.append(entry)
 
@@ -62,12 +64,10 @@ class Line:
             self._overtaken += 1
         del self._entries[sequence.id]
 
-    def candidates(self) -> Iterator[Sequence]:
-        """Whom to start next, best first: those on time by deadline, then the oldest of those given up."""
-        entries = list(self.on_time())
-        yield from (entry.sequence for entry in entries)
-        if len(entries) < WINDOW and (late := self._head(self._late)) is not None:
-            yield late.sequence
+    def given_up(self) -> Sequence | None:
+        """The oldest of those given up."""
+        late = self._head(self._late)
+        return late.sequence if late is not None else None
 
     def forced(self) -> Sequence | None:
         """Who was overtaken so often that every worker that can must keep itself free for it."""
@@ -87,7 +87,7 @@ class Line:
                 if found == WINDOW:
                     return
 
-    def give_up(self, now_ns: float, workers: float) -> list[Sequence]:
+    def triage(self, now_ns: float, workers: float) -> list[Sequence]:
         """Give up as few as possible, so that with `workers` side by side the others can be in time. Returns them."""
         ahead_ns = 0.0
         longest: list[tuple[float, int, Entry]] = []

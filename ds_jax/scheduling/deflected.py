@@ -5,8 +5,8 @@ that a decode worker can take without missing a token's due time. What is added:
 
 * Prompts wait in one line (`admission.py`) for no worker in particular. Whoever can take another step pulls from it, so
   that no prompt waits behind a long one on one worker while another worker is free.
-* A multiplexing worker fills each of its decode steps up to the due time of the decode with the least slack, and pulls
-  a prompt only if it can be in time there, or if nobody else would be earlier.
+* A worker pulls the most urgent prompt that can be in time there, and no other: a multiplexing worker looks ahead over
+  its next steps, each as long as the decode with the least slack allows.
 * The forecast is put right by the steps themselves, and its scatter is the margin (`prediction.py`).
 * Requests that cannot be in time any more wait behind those that can; with `early_rejection` they are turned away at
   once, and told when to come back. Decodes that missed their TTFT do not hold prompts back.
@@ -49,13 +49,9 @@ class Deflected(SlackPolicy):
 
     def place_prompt(self, sequence: Sequence) -> Worker | None:
         """Into the line. A replay goes ahead of all: whoever reads its answer is waiting now."""
-        if sequence.first_ns is not None or sequence.emitted:
-            rank = -math.inf
-        elif (rank := self.deadline_ns(sequence)) == math.inf:
-            rank = sequence.arrived_ns + PATIENCE_NS
         workers = self.candidates(sequence, prefill=True)
         work_ns = min((self.prefill_ns(sequence, worker) for worker in workers), default=0.0)
-        self._line.add(sequence, rank, work_ns)
+        self._line.add(sequence, self._urgency(sequence)[0], self.deadline_ns(sequence), work_ns)
         return None
 
     def dispatch(self) -> None:
@@ -67,9 +63,7 @@ class Deflected(SlackPolicy):
         able = [worker for worker in self.workers.values() if worker.free_lane() is not None]
         for worker in sorted(able, key=self._free_ns) if len(able) > 1 else able:
             self.touch(worker)
-        for sequence in self._line.give_up(self.now_ns, self._prefillers()):
-            if sequence.request.slo is None:
-                continue
+        for sequence in self._line.triage(self.now_ns, self._prefillers()):
             if self.options.early_rejection and sequence.first_ns is None:
                 again_s = (self._line.ends_ns(self.now_ns, self._prefillers(), lambda _: True) - self.now_ns) / 1e9
                 for doomed in [*sequence.forks, sequence]:
@@ -132,10 +126,10 @@ class Deflected(SlackPolicy):
         chunks: list[tuple[Sequence, Prefill]] = []
         sizes: list[tuple[int, int]] = []
         tokens = rows = 0
-        while (sequence := self._first(worker, lane, seconds if not chunks else math.inf)) is not None:
-            most = min(sequence.tokens - sequence.prefilled, (limit if tokens else instance.max_step_tokens) - tokens)
+        while (sequence := self._first(worker, lane, seconds)) is not None:
+            most = min(sequence.tokens - sequence.prefilled, instance.max_step_tokens)
             rows += 1 + len(sequence.forks)
-            if most <= 0 or rows > instance.max_step_sequences:
+            if rows > instance.max_step_sequences or (tokens and tokens + most > limit):
                 break
             safe = foresight.forecast.chunk_within(
                 seconds, sequence.prefilled, most, account.batch, account.context_tokens, sizes
@@ -159,47 +153,57 @@ class Deflected(SlackPolicy):
         return (account.due_ns(FLOOR, begin_ns) - begin_ns) / 1e9
 
     def _first(self, worker: Worker, lane: int, seconds: float) -> Sequence | None:
-        """The most urgent of the prompts begun here and of those in line that this worker should take."""
+        """The most urgent of the prompts begun here and of those in line that can be in time here."""
         started = min(worker.prompts.partial.values(), key=self._urgency, default=None)
-        if started is not None and not self.may_interrupt(worker):
-            return started
         forced = self._line.forced()
         if forced is not None and worker in self._able(forced):
             return started or (forced if worker.prompts.can_start(forced) else None)
-        for sequence in self._line.candidates():
-            if started is not None and self._urgency(started) <= self._urgency(sequence):
-                return started
-            if self._should_take(worker, lane, sequence, seconds):
-                return sequence
-        return started
+        if started is None or self.may_interrupt(worker):
+            for sequence in [entry.sequence for entry in self._line.on_time()]:
+                if started is not None and self._urgency(started) <= self._urgency(sequence):
+                    return started
+                if self._fits(worker, sequence) and self._in_time(worker, lane, sequence, seconds):
+                    return sequence
+        return started or self._too_late(worker, lane)
+
+    def _too_late(self, worker: Worker, lane: int) -> Sequence | None:
+        """Who was given up, for a worker that has nothing better to do: a prefill worker that would be idle."""
+        sequence = self._line.given_up()
+        if sequence is None or not self._fits(worker, sequence):
+            return None
+        if not worker.decodes:
+            return None if worker.in_flight[lane] else sequence
+        elsewhere = any(not other.decodes for other in self._able(sequence))
+        return None if elsewhere and worker.decoding.count else sequence
 
     def _urgency(self, sequence: Sequence) -> tuple[float, int]:
+        """Replays first, since their readers are waiting now; then by deadline, those that are late already last."""
         if sequence.first_ns is not None:
             return -math.inf, sequence.order
         deadline_ns = self.deadline_ns(sequence)
-        if deadline_ns < self.now_ns:
-            return math.inf, sequence.order
-        return (deadline_ns if deadline_ns < math.inf else sequence.arrived_ns + PATIENCE_NS), sequence.order
+        if deadline_ns == math.inf:
+            deadline_ns = float(sequence.arrived_ns + PATIENCE_NS)
+        elif deadline_ns < self.now_ns:
+            deadline_ns = math.inf
+        return deadline_ns, sequence.order
 
-    def _should_take(self, worker: Worker, lane: int, sequence: Sequence, seconds: float) -> bool:
-        """Pages for it are there; and it can be in time here, or nobody else would be earlier."""
-        if worker.draining or not worker.prompts.can_start(sequence) or worker not in self._able(sequence):
+    def _fits(self, worker: Worker, sequence: Sequence) -> bool:
+        """Whether the worker may start it now: it is able to, and has the pages."""
+        if not worker.prompts.can_start(sequence) or worker not in self._able(sequence):
             return False
-        if not worker.decodes:
-            return True
+        return not worker.decodes or not worker.decoding.count or self.below_watermark(worker, sequence.tokens)
+
+    def _in_time(self, worker: Worker, lane: int, sequence: Sequence, seconds: float) -> bool:
+        """Whether its first token is expected in time if it starts here now."""
         foresight = self.foresight(worker)
         account = foresight.accounts[lane]
-        if not account.batch and not worker.prompts.partial:
-            return True
-        if not self.below_watermark(worker, sequence.tokens):
+        if not account.batch:
+            ends_ns = foresight.forecast.free_ns(self.now_ns, lane) + self.prefill_ns(sequence, worker)
+        elif self._admits(foresight, account, seconds):
+            ends_ns = self._ends_ns(worker, lane, sequence, seconds)
+        else:
             return False
-        if not self._admits(foresight, account, seconds):
-            return False
-        ends_ns = self._ends_ns(worker, lane, sequence, seconds)
-        if ends_ns <= self.deadline_ns(sequence) or seconds == math.inf:
-            return True
-        others = [other for other in self._able(sequence) if not other.decodes and other.prompts.can_start(sequence)]
-        return all(ends_ns <= self._free_ns(other) + self.prefill_ns(sequence, other) for other in others)
+        return ends_ns <= self.deadline_ns(sequence)
 
     def _able(self, sequence: Sequence) -> list[Worker]:
         return self.candidates(sequence, prefill=True)

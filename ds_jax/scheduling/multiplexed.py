@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from itertools import islice
 
 from ds_jax.protocol import Prefill
 from ds_jax.scheduling.sequence import Phase, Sequence
@@ -28,7 +29,9 @@ MOST_DECODE_TOKENS = 400_000
 CAUTION = 1.02
 """The code's factor on the predicted service ahead of a prompt."""
 WINDOW = 8
-"""Waiting prompts that are looked at after each event."""
+"""Waiting prompts that are tried after each event: the first in order,"""
+FAR = 256
+"""of so many that wait longest."""
 
 
 class Multiplexed(SlackPolicy):
@@ -49,20 +52,21 @@ class Multiplexed(SlackPolicy):
 
     def dispatch(self) -> None:
         """Try again for those that wait: something has changed."""
-        if not self.waiting:
+        oldest = next(self._in_line(), None)
+        if oldest is None:
             return
-        waiting = [sequence for sequence in self.waiting.values() if sequence.phase is Phase.WAITING]
-        if not waiting:
-            return
-        oldest = min(waiting, key=lambda sequence: sequence.order)
         if oldest is not self._oldest:
             self._oldest, self._overtaken = oldest, 0
         if self._overtaken >= self.most_overtaking:
             self._assign(oldest, self._shortest_queue(oldest))
+        waiting = list(islice(self._in_line(), WINDOW if self.options.queue_order == "fcfs" else FAR))
         some = next(iter(self.workers.values()), None)
         for sequence in heapq.nsmallest(WINDOW, waiting, key=self.order(some)) if some else ():
-            if sequence.id in self.waiting:
-                self._assign(sequence, self._route(sequence))
+            self._assign(sequence, self._route(sequence))
+
+    def _in_line(self) -> Iterator[Sequence]:
+        """Prompts that wait for a worker, in order of their coming (or coming back)."""
+        return (sequence for sequence in self.waiting.values() if sequence.phase is Phase.WAITING)
 
     def _assign(self, sequence: Sequence, worker: Worker | None) -> None:
         if worker is not None:
