@@ -95,7 +95,8 @@ class Instance:
                 yield partial(self._build, ("mixed", size), mixed.mixed, size)
         if shapes.slots:
             yield partial(self._build, "fresh state", programs.fresh_state)
-            yield partial(self._build, "decode", programs.decode)
+            for size in shapes.slot_buckets:
+                yield partial(self._build, ("decode", size), programs.decode, size)
         for kind, rows in self._marked_rows.items():
             if rows:
                 yield partial(self._build, ("fresh marks", kind), programs.fresh_marks, rows)
@@ -160,7 +161,8 @@ class Instance:
 
     def _run_decodes(self, decodes: Sequence[protocol.Decode], sequences: Mapping[int, TokenSequence]) -> Result:
         self._edit_slots(decodes, sequences)
-        self.pool, self.state, self._marks["slots"], *results = self._programs["decode"](
+        batch = bucket_for(1 + max(slot for _, slot, _ in decodes), self.shapes.slot_buckets, "slots in use")
+        self.pool, self.state, self._marks["slots"], *results = self._programs["decode", batch](
             self.params, self.pool, self.state, self._marks["slots"]
         )
         return self._result(results, [(sequence, slot) for sequence, slot, _ in decodes], sequences)

@@ -116,6 +116,7 @@ def apply(
 def _apply(logits: Array, penalties: Penalties, positions: Array, marks: Marks, rows: Array) -> Array:
     if isinstance(marks, tuple):
         marks = jnp.concatenate(marks, axis=1)
+    marks = marks[:, : len(logits)]  # a small batch looks at the first slots
     seen, bias = marks[0], lax.bitcast_convert_type(marks[1], jnp.float32)
     early = (positions < penalties.earliest_end)[:, None]
     adjusted = jnp.where(early & (seen & ENDS != 0), -jnp.inf, logits + bias)

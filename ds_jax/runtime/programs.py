@@ -249,11 +249,12 @@ FIRST_PAGE = 3 + sampling.COLUMNS
 """Column of a decode row in which the page table starts."""
 
 
-def decode(model: Model, shapes: Shapes) -> Program:
-    """(params, pool, state [B, C], marks) -> (pool, state, marks, tokens [B], log-probabilities of them [B, W]);
-    pool, state and marks are donated."""
+def decode(model: Model, shapes: Shapes, batch: int) -> Program:
+    """(params, pool, state [B, C], marks) -> (pool, state, marks, tokens [batch], log-probabilities of them
+    [batch, W]), of the first `batch` slots; pool, state and marks are donated."""
 
-    def step(params: Params, pool: Pool, rows: Array, marked: Array) -> tuple[Pool, Array, Array, Array, Array]:
+    def step(params: Params, pool: Pool, all_rows: Array, marked: Array) -> tuple[Pool, Array, Array, Array, Array]:
+        rows = all_rows[:batch]
         state = DecodeState.of(rows)
         active, slots = state.writing(shapes)
         attention = state.attention(active)
@@ -263,7 +264,8 @@ def decode(model: Model, shapes: Shapes) -> Program:
         tokens = sampling.sample(logits, chosen_by, state.position + 1, active, marked)
         found = logprobs.of_tokens(logits, tokens, chosen_by.logprobs & active)
         marked = marks.count(marked, tokens, chosen_by.penalties, active)
-        return pool, state.stepped(rows, tokens, active), marked, tokens, found
+        rows = jnp.concatenate([state.stepped(rows, tokens, active), all_rows[batch:]])
+        return pool, rows, marked, tokens, found
 
     arguments = model.host_array(shapes.slots, DecodeState.columns(shapes)), model.marks(shapes.slots)
     return compile_step(model, shapes, step, arguments, results=4, donate=(1, 2, 3))

@@ -9,6 +9,8 @@ from ds_jax.protocol import pages_for
 
 SMALLEST_STEP_TOKENS = 32
 SMALLEST_COPY_PAGES = 4
+FEWEST_BUCKETED_SLOTS = 16
+"""With fewer slots a step costs about as much for all of them as for one, and a program less is compiled."""
 MOST_HOST_PAGES = 64
 """Pages that one program moves to or from host memory; further ones take further runs of it."""
 
@@ -47,6 +49,11 @@ class Shapes:
     def host_buckets(self) -> tuple[int, ...]:
         """Pages that go to or from host memory at a time."""
         return powers(SMALLEST_COPY_PAGES, min(self.table_pages, MOST_HOST_PAGES), 4) if self.host_pages else ()
+
+    @property
+    def slot_buckets(self) -> tuple[int, ...]:
+        """Sequences of a decode step: the first slots, as many as reach the last one in use."""
+        return powers(1, self.slots, 4) if self.slots >= FEWEST_BUCKETED_SLOTS else (self.slots,)
 
     @property
     def edit_buckets(self) -> tuple[int, ...]:

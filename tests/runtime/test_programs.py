@@ -62,7 +62,7 @@ def pool_sized(hlo: str, elements: int) -> set[str]:
 def test_no_program_copies_the_pool(name: str, tp: int):
     this = model(tp)
     program = {
-        "decode": lambda: programs.decode(this, SHAPES),
+        "decode": lambda: programs.decode(this, SHAPES, SHAPES.slots),
         "prefill": lambda: programs.prefill(this, SHAPES, 16),
         "mixed": lambda: mixed.mixed(this, SHAPES, 16),
         "duplicate": lambda: handover.duplicate(this, SHAPES, 4),
@@ -181,7 +181,7 @@ def test_a_sequence_at_its_longest_writes_over_nobody():
     """A step planned before the host knew that it was the last must not spoil a page."""
     this: Any = model()
     params = jax.tree.map(lambda leaf: jax.device_put(jnp.ones(leaf.shape, leaf.dtype), leaf.sharding), this.params)
-    program = programs.decode(this, SHAPES)
+    program = programs.decode(this, SHAPES, SHAPES.slots)
     edits = Edits(SHAPES)
     edits.join(0, sequence(33), [5] * 8)
     pool, state = (
@@ -191,3 +191,23 @@ def test_a_sequence_at_its_longest_writes_over_nobody():
     marks = programs.fresh_marks(this, SHAPES, SHAPES.slots)()
     pool, state, *_ = program(params, pool, state, marks)
     assert not any(np.asarray(layer).any() for layer in (*pool["k"], *pool["v"]))
+
+
+def test_a_small_batch_is_the_first_slots_of_a_large_one():
+    this: Any = model()
+    random = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jax.device_put(random.normal(size=leaf.shape).astype(leaf.dtype) / 8, leaf.sharding), this.params
+    )
+    results = []
+    for batch in (SHAPES.slots, 2):
+        edits = Edits(SHAPES)
+        for slot in range(2):
+            edits.join(slot, sequence(5), [2 * slot, 2 * slot + 1])
+        state = edited(np.zeros((SHAPES.slots, DecodeState.columns(SHAPES)), np.int32), edits)
+        pool, marks = programs.fresh_pool(this, SHAPES)(), programs.fresh_marks(this, SHAPES, SHAPES.slots)()
+        pool, state, _, tokens, _ = programs.decode(this, SHAPES, batch)(params, pool, state, marks)
+        assert tokens.shape == (batch,)
+        results.append((pool, state, tokens[:2]))
+    whole, small = results
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-4), whole, small)
