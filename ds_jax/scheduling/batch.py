@@ -33,6 +33,8 @@ class RunningBatch:
         self._members: dict[int, Decode] = {}
         """The steady ones, as they stand in a step without new pages, in order of joining."""
         self._loose: dict[int, Sequence] = {}
+        self._stalled: set[int] = set()
+        """Members that sat the last step out for want of a page; one is promised to each."""
         self._ends: dict[int, list[Sequence]] = {}
         self._growth: dict[int, list[Sequence]] = {}
         self._last_step: int | None = None
@@ -61,6 +63,7 @@ class RunningBatch:
     def leave(self, sequence: Sequence) -> None:
         """Take the slot away. What is in flight of it is still heard of, and still pins its pages."""
         del self.sequences[sequence.id]
+        self._resume(sequence)
         self._slots.append(sequence.slot)
         if sequence.steady:
             self._loosen(sequence)
@@ -81,7 +84,7 @@ class RunningBatch:
         """
         tick = self.planned
         for sequence in self._ends.pop(tick, ()):
-            if sequence.steady and sequence.ends_at == tick:
+            if sequence.ends_at == tick and sequence.batch is self:
                 self._loosen(sequence)  # all its tokens are in flight
         grown = self._grow(tick, find_page) if tick in self._growth else {}
         included = self._include(grown, find_page) if self._loose else ()
@@ -120,10 +123,10 @@ class RunningBatch:
 
     def _grow(self, tick: int, find_page: Callable[[Sequence], bool]) -> dict[int, tuple[int, ...]]:
         """Give a page to each steady member whose day has come; who finds none turns loose and sits the step out."""
-        grown = {}
+        grown: dict[int, tuple[int, ...]] = {}
         ledger = self._ledger
         for sequence in self._growth.pop(tick):
-            if sequence.grows_at != tick or not sequence.steady:
+            if sequence.grows_at != tick or sequence.batch is not self:
                 continue
             if ledger.free or find_page(sequence):
                 grown[sequence.id] = ledger.grow_by_one(sequence.lease)  # type: ignore[arg-type]
@@ -134,6 +137,7 @@ class RunningBatch:
                     self._growth[later] = [sequence]
             elif sequence.steady:
                 self._loosen(sequence)
+                self._stall(sequence)
         return grown
 
     def _include(self, grown: dict[int, tuple[int, ...]], find_page: Callable[[Sequence], bool]) -> list[Sequence]:
@@ -148,11 +152,24 @@ class RunningBatch:
             assert lease is not None
             if sequence.tokens + len(sequence.ticks) > len(lease.pages) * self._ledger.page_size:
                 if not self._ledger.free and not find_page(sequence):
+                    if sequence.phase is Phase.RUNNING:
+                        self._stall(sequence)
                     continue
+                self._resume(sequence)
                 grown[sequence.id] = self._ledger.grow(lease, 1)
             self._enter(sequence)
             included.append(sequence)
         return included
+
+    def _stall(self, sequence: Sequence) -> None:
+        if sequence.id not in self._stalled:
+            self._stalled.add(sequence.id)
+            self._ledger.promised += 1
+
+    def _resume(self, sequence: Sequence) -> None:
+        if sequence.id in self._stalled:
+            self._stalled.remove(sequence.id)
+            self._ledger.promised -= 1
 
     def _name(self, sequence: Sequence, tick: int) -> None:
         """A loose member is in the step of this tick. It is steady again if it is in all those before it in flight."""
@@ -200,7 +217,7 @@ class RunningBatch:
                     sequence.counted -= 1
                     heard.append((sequence, 0))
         for sequence in self._ends.pop(done, ()):
-            if sequence.steady and sequence.ends_at == done:
+            if sequence.ends_at == done and sequence.batch is self:
                 self._loosen(sequence)
                 heard.append((sequence, 1))
         return heard

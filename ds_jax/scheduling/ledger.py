@@ -42,6 +42,8 @@ class PageLedger:
         """References beyond the first, of pages in more than one lease. The rest need no count: so that taking and
         giving back many pages runs at the speed of list slices."""
         self._leaving = 0
+        self.promised = 0
+        """Pages that running sequences wait for: they come before whatever asks `can_take`."""
 
     @property
     def free(self) -> int:
@@ -58,8 +60,8 @@ class PageLedger:
         return self._leaving
 
     def can_take(self, tokens: int, shared: int = 0) -> bool:
-        """Whether pages for `tokens` tokens are free, `shared` of them not counted."""
-        return pages_for(tokens, self.page_size) - shared <= len(self._free)
+        """Whether pages for `tokens` tokens are free, `shared` of them not counted, and those that are promised."""
+        return pages_for(tokens, self.page_size) - shared + self.promised <= len(self._free)
 
     def take(self, tokens: int, shared: Sequence[int] = ()) -> Lease:
         """Lease the pages for `tokens` tokens, the first of them `shared` with a living lease; `can_take` must hold."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 
 from ds_jax.protocol import Instance, Prefill
 from ds_jax.scheduling.ledger import PageLedger
@@ -27,6 +27,8 @@ class Prompts:
         """Started, with chunks still to be planned, in order of their start."""
         self.load = 0
         """Tokens whose prefill was asked for and is not done: what dispatch compares."""
+        self.running = 0
+        """Sequences that are being prefilled: started, and their last chunks not done."""
         self._ledger = ledger
 
     # --- waiting ------------------------------------------------------------------------------------------------------
@@ -50,6 +52,10 @@ class Prompts:
         """All that wait, in order. The queue must not change meanwhile."""
         return chain(self.replays, self.queue.values())
 
+    def first(self, count: int) -> list[Sequence]:
+        """The first so many that wait."""
+        return list(islice(self.waiting(), count))
+
     @property
     def head(self) -> Sequence | None:
         """The first that waits."""
@@ -69,6 +75,7 @@ class Prompts:
         sequence.phase = Phase.PREFILLING
         sequence.lease = self._ledger.take(sequence.tokens)
         self.partial[sequence.id] = sequence
+        self.running += 1
 
     def chunk(self, sequence: Sequence, most: int) -> list[tuple[Sequence, Prefill]]:
         """Its next chunk, of at most `most` tokens and to be launched at once, with forks beside the last one."""
@@ -94,15 +101,18 @@ class Prompts:
             fork.phase = Phase.PREFILLING
             fork.sampling = 1
             fork.lease = self._ledger.take(leader.tokens, leader.lease.pages)
+        self.running += len(forks)
         return forks
 
     def land(self, sequence: Sequence) -> None:
         """Its last chunk is done."""
+        self.running -= 1
         self._discharge(sequence)
         sequence.phase = Phase.READY
 
     def abandon(self, sequence: Sequence) -> None:
         """Let go of a sequence whose prefill is planned and not done; steps in flight still pin its pages."""
+        self.running -= 1
         self._discharge(sequence)
         self.partial.pop(sequence.id, None)
 

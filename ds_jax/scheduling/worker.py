@@ -55,6 +55,11 @@ class Worker:
         lane = min(range(len(self.in_flight)), key=self.in_flight.__getitem__)
         return lane if self.in_flight[lane] < self.steps_per_lane else None
 
+    def has_seats(self, count: int) -> bool:
+        """Whether so many sequences more would find slots here, beside all that decode and are being prefilled."""
+        instance = self.instance
+        return self.decoding.count + self.prompts.running + count <= max(instance.slots * instance.lanes, count)
+
     def next_decodes(self, lane: int) -> Decodes:
         """All members of the lane's batch that can take another step. It must be launched next, if not empty."""
         return self.decoding.batches[lane].decodes(self.find_page)

@@ -8,14 +8,14 @@ A page is held by the page table that it was last given to, and by tables of the
 reads the pages of its sequence's table up to its last position and writes those of its own tokens; a copy reads its
 source pages and writes its destination pages; both pin them from the command to the completion. Giving away a pinned
 page is an error at once. Giving away a page of a living sequence is not (it may have been preempted), but then the
-tables that held it must never be used again. A page that others hold too must not be written.
+tables that held it must never be used again; and so where a page is written that others hold too.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ds_jax.protocol import (
     Arrived,
@@ -23,6 +23,7 @@ from ds_jax.protocol import (
     Copy,
     CopyDone,
     Decode,
+    Decodes,
     Event,
     Instance,
     InstanceLost,
@@ -58,6 +59,7 @@ class CopyInFlight:
     source: Life | None
     destination: Life | None
     table: Table
+    origin: Table
 
 
 class Contract:
@@ -67,6 +69,8 @@ class Contract:
         self.now_ns: int | None = None
         self.sequences: dict[int, Sequence] = {}
         self.lives: dict[int, Life] = {}
+        self.hosts: dict[int, Life] = {}
+        """The pages in host memory of each living instance."""
         self.steps: dict[int, StepInFlight] = {}
         self.copies: dict[int, CopyInFlight] = {}
         self._epochs: dict[int, int] = {}
@@ -92,18 +96,17 @@ class Contract:
         """Sequences that have arrived and not ended, oldest first."""
         return [sequence for sequence in self.sequences.values() if not sequence.over]
 
-    def needed(self, instance: int) -> set[int]:
-        """Pages of a living instance that must not be free: something in flight names them."""
-        return {page for page, pins in enumerate(self.lives[instance].pins) if pins}
+    def needed(self, life: Life) -> set[int]:
+        """Pages that must not be free: something in flight names them."""
+        return {page for page, pins in enumerate(life.pins) if pins}
 
-    def accounted(self, instance: int) -> set[int]:
-        """Pages of a living instance that may be held while nothing is in flight on it: those of living sequences."""
-        holders = enumerate(self.lives[instance].holders)
+    def accounted(self, life: Life) -> set[int]:
+        """Pages that may be held while nothing is in flight there: those of living sequences."""
+        holders = enumerate(life.holders)
         return {page for page, tables in holders if any(not table.sequence.over for table in tables)}
 
-    def quiet(self, instance: int) -> bool:
-        """Whether nothing is in flight on a living instance."""
-        life = self.lives[instance]
+    def quiet(self, life: Life) -> bool:
+        """Whether nothing is in flight there."""
         copies = self.copies.values()
         return not any(life.lanes) and not any(life in (copy.source, copy.destination) for copy in copies)
 
@@ -135,17 +138,20 @@ class Contract:
             raise Violation(f"instance {instance.id} comes up with the used epoch {instance.epoch}")
         self._epochs[instance.id] = instance.epoch
         lanes: list[deque[Step]] = [deque() for _ in range(instance.lanes)]
+        host = replace(instance, pages=instance.host_pages)
         self.lives[instance.id] = Life(instance, [[] for _ in range(instance.pages)], [0] * instance.pages, lanes)
+        self.hosts[instance.id] = Life(host, [[] for _ in range(host.pages)], [0] * host.pages, [])
 
     def _lost(self, instance: int, epoch: int) -> None:
         life = self.lives.get(instance)
         if life is None or life.instance.epoch != epoch:
             return
+        host = self.hosts.pop(instance)
         del self.lives[instance]
-        for table in life.tables:
+        for table in [*life.tables, *host.tables]:
             table.unusable = f"instance {instance} was lost"
-            if table.sequence.tables.get(instance) is table:
-                del table.sequence.tables[instance]
+            if table.sequence.tables.get(table.life) is table:
+                del table.sequence.tables[table.life]
         for id, flight in list(self.steps.items()):
             if flight.life is life:
                 del self.steps[id]
@@ -153,8 +159,8 @@ class Contract:
                     table.sequence.steps.remove(id)
                     table.sequence.sampling -= samples
         for id, copy in list(self.copies.items()):
-            copy.source = None if copy.source is life else copy.source
-            copy.destination = None if copy.destination is life else copy.destination
+            copy.source = None if copy.source in (life, host) else copy.source
+            copy.destination = None if copy.destination in (life, host) else copy.destination
             if copy.source is None and copy.destination is None:
                 del self.copies[id]
 
@@ -193,14 +199,21 @@ class Contract:
             if life is not None:
                 for pair in flight.copy.pages:
                     life.pins[pair[side]] -= 1
-        table = flight.table
+        table, origin = flight.table, flight.origin
+        inside = flight.copy.source.instance == flight.copy.destination.instance
         table.landing -= 1
         if not ok:
             table.unusable = table.unusable or f"copy {id} into it failed"
+            if table.life is origin.life and not origin.unusable and table.sequence.tables.get(origin.life) is table:
+                table.sequence.tables[origin.life] = origin
         elif flight.destination is None:
             raise Violation(f"copy {id} landed on a dead epoch of instance {flight.copy.destination.instance}")
         elif table.source is None and not table.landing:
             table.written = table.planned
+            if inside:
+                origin.unusable = "its sequence has moved"
+                if origin.life is not table.life and table.sequence.tables.get(origin.life) is origin:
+                    del table.sequence.tables[origin.life]
 
     def _over(self, sequence: Sequence) -> None:
         sequence.over = True
@@ -217,7 +230,7 @@ class Contract:
         life = self.lives.get(place.instance)
         if life is None or life.instance.epoch != place.epoch:
             raise Violation(f"{what}: epoch {place.epoch} of instance {place.instance} is not alive")
-        return life
+        return life if place.medium is Medium.DEVICE else self.hosts[place.instance]
 
     def _run(self, step: Step) -> None:
         life = self._life(Place(step.instance, step.epoch), step)
@@ -233,6 +246,9 @@ class Contract:
         for prefill in step.prefills:
             uses.append(self._prefill(step, life, prefill) if prefill.length else self._fork(step, life, prefill, uses))
         uses += [self._decode(step, life, decode) for decode in step.decodes]
+        if step.decodes:
+            self._said(step, life.decodes.get(step.lane))
+            life.decodes[step.lane] = step
         for table, pages, _, samples in uses:
             table.sequence.steps.append(step.id)
             table.sequence.sampling += samples
@@ -240,6 +256,34 @@ class Contract:
                 life.pins[page] += 1
         life.lanes[step.lane].append(step)
         self.steps[step.id] = StepInFlight(life, step, uses)
+
+    def _said(self, step: Step, before: Step | None) -> None:
+        """What `Decodes` says of itself must be so."""
+        decodes = step.decodes
+        fresh = {decode.sequence for decode in decodes if decode.new_pages}
+        if before is not None and before.decodes is decodes and fresh:
+            raise Violation(f"{step}: the same decodes as in step {before.id} have new pages")
+        if not isinstance(decodes, Decodes) or (before is not None and before.decodes is decodes):
+            return
+        if decodes.grown is not None and [one.sequence for one in decodes.grown if one not in decodes] + [
+            id for id in fresh if id not in {one.sequence for one in decodes.grown}
+        ]:
+            raise Violation(f"{step}: grown are {sorted(fresh)}, not {decodes.grown}")
+        if decodes.after is not None:
+            if before is None or before.id != decodes.after:
+                raise Violation(f"{step}: the last step with decodes is {before and before.id}, not {decodes.after}")
+            stayed = {one.sequence: one.slot for one in before.decodes if one.sequence not in decodes.parted}
+            if stayed.keys() & set(decodes.joined) or not set(decodes.parted) <= {
+                one.sequence for one in before.decodes
+            }:
+                raise Violation(
+                    f"{step}: parted {decodes.parted} and joined {decodes.joined} do not follow step {before.id}"
+                )
+            said = [*stayed, *decodes.joined]
+            if sorted(said) != sorted(one.sequence for one in decodes) or any(
+                stayed.get(one.sequence, one.slot) != one.slot for one in decodes
+            ):
+                raise Violation(f"{step}: with parted and joined, step {before.id} gives {said}")
 
     def _limits(self, step: Step, instance: Instance) -> None:
         named = [work.sequence for work in step.prefills] + [work.sequence for work in step.decodes]
@@ -271,7 +315,7 @@ class Contract:
             sequence.forget("the sequence began anew")
             table = Table(sequence, life)
             life.tables.add(table)
-            sequence.tables[step.instance] = table
+            sequence.tables[life] = table
         else:
             table = self._table(step, life, sequence)
         if prefill.start != table.planned:
@@ -294,7 +338,7 @@ class Contract:
         sequence.forget("the sequence began anew")
         table = Table(sequence, life, planned=end)
         life.tables.add(table)
-        sequence.tables[step.instance] = table
+        sequence.tables[life] = table
         table.join(leader.pages)
         sequence.last = (life, step.lane, -1)
         return table, pages, end, True
@@ -323,7 +367,7 @@ class Contract:
         return sequence
 
     def _table(self, what: Step | Copy, life: Life, sequence: Sequence) -> Table:
-        table = sequence.tables.get(life.instance.id)
+        table = sequence.tables.get(life)
         if table is None:
             raise Violation(f"{what}: sequence {sequence.id} has no pages on instance {life.instance.id}")
         if table.unusable:
@@ -338,8 +382,9 @@ class Contract:
         if len(table.pages) < pages:
             raise Violation(f"{step}: {end} tokens of sequence {table.sequence.id} in {len(table.pages)} pages")
         for page in table.pages[table.planned // life.instance.page_size : pages]:
-            if others := [held.sequence.id for held in life.holders[page] if held is not table and not held.unusable]:
-                raise Violation(f"{step}: page {page} is written for sequence {table.sequence.id}, {others} share it")
+            for held in life.holders[page]:
+                if held is not table:
+                    held.unusable = held.unusable or f"page {page} was written for sequence {table.sequence.id}"
         table.planned = end
         if samples:
             table.sequence.last = (life, step.lane, slot)
@@ -351,15 +396,15 @@ class Contract:
             raise Violation(f"{copy}: the sequence is over")
         if copy.id in self.copies:
             raise Violation(f"{copy}: a copy of this id is in flight")
-        if Medium.HOST in (copy.source.medium, copy.destination.medium):
-            raise Violation(f"{copy}: host memory is not modelled yet")
+        if Medium.HOST in (copy.source.medium, copy.destination.medium) and copy.shared:
+            raise Violation(f"{copy}: pages are shared on devices only")
         source, destination = self._life(copy.source, copy), self._life(copy.destination, copy)
         origin = self._table(copy, source, sequence)
-        table = sequence.tables.get(copy.destination.instance)
+        table = sequence.tables.get(destination)
         if table is None or table.source is None or table.unusable:  # no series is open: a new table begins
             table = Table(sequence, destination, source=origin)
             destination.tables.add(table)
-            sequence.tables[copy.destination.instance] = table
+            sequence.tables[destination] = table
             table.share(copy)
         elif copy.shared:
             raise Violation(f"{copy}: only the first copy of a series shares pages")
@@ -379,4 +424,4 @@ class Contract:
         if copy.last:
             table.planned = origin.planned
             table.source = None
-        self.copies[copy.id] = CopyInFlight(copy, sequence, source, destination, table)
+        self.copies[copy.id] = CopyInFlight(copy, sequence, source, destination, table, origin)

@@ -69,7 +69,7 @@ class Table:
 
 @dataclass(eq=False, slots=True)
 class Life:
-    """One epoch of an instance."""
+    """One epoch of an instance, with the pages of its devices; those of its host memory are a `Life` without lanes."""
 
     instance: Instance
     holders: list[list[Table]]
@@ -77,6 +77,8 @@ class Life:
     pins: list[int]
     lanes: list[deque[Step]]
     tables: set[Table] = field(default_factory=set)
+    decodes: dict[int, Step] = field(default_factory=dict)
+    """By lane: the last step that has decodes."""
 
 
 @dataclass(eq=False, slots=True)
@@ -95,8 +97,8 @@ class Sequence:
     """Life, lane and slot (-1 for a prefill) of the step that sampled or will sample its newest token."""
     over: bool = False
     """It has ended, and the scheduler knows."""
-    tables: dict[int, Table] = field(default_factory=dict)
-    """Its page table on each instance."""
+    tables: dict[Life, Table] = field(default_factory=dict)
+    """Its page table in each pool of pages."""
 
     def forget(self, why: str) -> None:
         """Its page tables are void."""

@@ -47,6 +47,7 @@ from ds_jax.protocol import (
     pages_for,
 )
 from ds_jax.simulation import Contract
+from ds_jax.simulation.ownership import Life
 
 MOST_INSTANCES = 7
 
@@ -333,15 +334,21 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _check_ledgers(self) -> None:
         ledgers = self.scheduler.ledgers
+        hosts = getattr(self.scheduler, "host_ledgers", {})
         assert ledgers.keys() == self.contract.lives.keys(), "the scheduler has ledgers of other instances than live"
         for id, ledger in ledgers.items():
-            ledger.check()
-            held = {page for page in range(self.known[id].pages) if ledger.references(page)}
-            needed = self.contract.needed(id)
-            assert needed <= held, f"pages {needed - held} of instance {id} are free, but still named in flight"
-            if self.contract.quiet(id):
-                leaked = held - self.contract.accounted(id)
-                assert not leaked, f"pages {leaked} of instance {id} leaked: nobody who lives has them"
+            self._check_ledger(ledger, self.contract.lives[id], f"instance {id}")
+        for id, ledger in hosts.items():
+            self._check_ledger(ledger, self.contract.hosts[id], f"the host of instance {id}")
+
+    def _check_ledger(self, ledger: Any, life: Life, where: str) -> None:
+        ledger.check()
+        held = {page for page in range(life.instance.pages) if ledger.references(page)}
+        needed = self.contract.needed(life)
+        assert needed <= held, f"pages {needed - held} of {where} are free, but still named in flight"
+        if self.contract.quiet(life):
+            leaked = held - self.contract.accounted(life)
+            assert not leaked, f"pages {leaked} of {where} leaked: nobody who lives has them"
 
     def _check_order(self, commands: list[Command]) -> None:
         """Prompts begin in order of arrival, and the oldest sequence of all is never made to begin anew."""
@@ -381,9 +388,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._finish(self.arrived, newcomers=False)
         while self.contract.steps or self.contract.copies:
             self._complete_oldest()
-        for id, ledger in self.scheduler.ledgers.items():
-            held = [page for page in range(self.known[id].pages) if ledger.references(page)]
-            assert not held, f"all is over, and pages {held} of instance {id} are still held"
+        for id, ledger in [*self.scheduler.ledgers.items(), *getattr(self.scheduler, "host_ledgers", {}).items()]:
+            assert not ledger.used, f"all is over, and {ledger.used} pages of instance {id} are still held"
         for sequence in range(self.arrived):
             times = self.clock.pop(sequence)
             assert sum(times.stages_ns) == times.end_ns - times.arrived_ns, times
