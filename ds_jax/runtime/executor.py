@@ -116,11 +116,19 @@ class InProcessExecutor:
         dtype: str = config.model.dtype
         if dtype == "auto":
             dtype = "float32" if devices[0].platform == "cpu" else self.checkpoint.dtype
+        self.dtype = dtype
+        """Of weights, activations and KV."""
         self._dtype = jnp.dtype(dtype)
         self._policy = config.policy
         self._dummy = config.model.load_format == "dummy"
         models = [
-            Model(self.arch, self._dtype, site.mesh, *abstract_params(self.arch, site.group.tp, self._dtype, site.mesh))
+            Model(
+                self.arch,
+                self._dtype,
+                site.mesh,
+                *abstract_params(self.arch, site.group.tp, self._dtype, site.mesh),
+                backend=config.kernels.backend,
+            )
             for site in sites
         ]
         planned = plan(config, self.arch, dtype, sites, [model.params for model in models])
