@@ -254,9 +254,11 @@ def _is_alone(work: Work) -> bool:
 
 
 def _line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
-    """Seconds, and seconds per byte, of copies."""
+    """Seconds, and seconds per byte, of copies. Copies so small that bytes do not show say at least how fast the
+    largest of them went."""
     latency_s, per_byte_s = nonnegative([(1.0, of) for of, _ in points], [seconds for _, seconds in points])
-    return latency_s, per_byte_s
+    size, seconds = max(points)
+    return latency_s, per_byte_s or seconds / size
 
 
 def _arguments(work: Work) -> tuple[Sequence[tuple[int, int]], int, int]:
