@@ -15,6 +15,9 @@ from typing import Protocol
 LOWEST_RATE = 0.001
 """Requests/s/GPU below which nothing is of use."""
 
+FIRST_GUESS = 0.7
+"""Share of what is known to be too much that is tried next."""
+
 
 class Score(Protocol):
     """What a trial at one rate came to."""
@@ -83,16 +86,27 @@ def goodput(
         if least >= high or not passes(least):
             return Goodput(0.0, len(scores), below=True)
         low = least
-    step = 1
-    while high - low > 1:  # upwards from what is known to pass in growing steps, then between the two ends
-        if least >= 0 and low + step < high:
-            middle, step = low + step, 2 * step
-        else:
-            middle = (low + high) // 2
+        step = 1
+        while low + step < high:  # it is likely to be near: upwards in growing steps
+            if not passes(low + step):
+                high = low + step
+                break
+            low, step = low + step, 2 * step
+    else:
+        target = rates[high - 1] if high else 0.0
+        while high > 0:  # downwards from the bound: the low rates are long runs, and seldom where the limit is
+            target *= FIRST_GUESS
+            middle = max(bisect_right(rates, target) - 1, 0)
+            if middle < high and passes(middle):
+                low = middle
+                break
+            high = min(high, middle)
+    while high - low > 1:
+        middle = (low + high) // 2
         if passes(middle):
             low = middle
         else:
-            high, step = middle, len(rates)
+            high = middle
     if low < 0:
         return Goodput(0.0, len(scores))
     if share is None or high >= len(rates):

@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from ds_jax.architecture import Architecture
-from ds_jax.latency import LatencyProfile, Predictor, StepTime, fewest_gpus, gpu, kv_tokens, load, roofline
+from ds_jax.config import SchedulerConfig
+from ds_jax.latency import LatencyProfile, StepTime, fewest_gpus, gpu, kv_tokens, load, roofline
 from ds_jax.placement.layouts import Group, Unit
 from ds_jax.plan import PlanConfig
-from ds_jax.protocol import Instance, Role
+from ds_jax.protocol import Instance, Role, Scheduler
+from ds_jax.scheduling import create_scheduler
 from ds_jax.simulation import Links, PlacedLatency
+from ds_jax.simulation.public import PUBLIC_DISTSERVE, PUBLIC_VLLM, PublicSystem
 
 PAGE_SIZE = 16
 SLOTS = 256
@@ -41,12 +45,31 @@ class Hardware:
         self.arch = arch
         names = dict.fromkeys(Role, plan.cluster.gpu) | {Role.DECODE: plan.cluster.decode_gpu or plan.cluster.gpu}
         self.gpus = {role: gpu(name) for role, name in names.items()}
+        self.public = self._public_systems() if plan.search.rule == "published" else {}
+        """By policy, the public system whose rules and overheads hold, where the published figures are reproduced."""
         self._profiles = {role: self._profile(role) for role in Role}
+
+    def _public_systems(self) -> dict[str, PublicSystem]:
+        """DistServe's code and the vLLM of its time, where their step times are known for this model and GPU."""
+        systems = {"disaggregated": PUBLIC_DISTSERVE, "colocated": PUBLIC_VLLM}
+        return {policy: system for policy, system in systems.items() if self._public_profile(system)}
+
+    def _public_profile(self, system: PublicSystem) -> LatencyProfile | None:
+        path = system.profile.format(model=Path(self.plan.model).name.replace("-", "_"))
+        try:
+            profile = load(path)
+        except FileNotFoundError:
+            return None
+        return profile if profile.device == self.plan.cluster.gpu and self.plan.profile else None
 
     def _profile(self, role: Role) -> LatencyProfile:
         """The plan's profile, where it is of this kind of GPU; else a roofline."""
         kind = self.gpus[role]
-        if self.plan.profile and (kind.name == self.plan.cluster.gpu):
+        if role is Role.MIXED and self.plan.policy in ("colocated", "disaggregated") and "colocated" in self.public:
+            profile = self._public_profile(self.public["colocated"])
+            assert profile is not None
+            return profile
+        if self.plan.profile and kind.name == self.plan.cluster.gpu:
             return load(self.plan.profile)
         return roofline(self.arch, kind, self.plan.dtype, model=self.plan.model)
 
@@ -87,12 +110,24 @@ class Hardware:
 
     # --- one unit -----------------------------------------------------------------------------------------------------
 
-    def instances(self, unit: Unit, phases: Sequence[Role]) -> list[Instance]:
+    def scheduler(self, unit: Unit, policy: str) -> Scheduler:
+        """The policy, with the same figures to foretell with."""
+        if policy in self.public:
+            return self.public[policy].scheduler()
+        by_role = {group.role: group for group in unit.groups}
+
+        def predict(instance: Instance) -> StepTime | None:
+            group = by_role.get(instance.role)
+            return None if group is None else self.step_time(group)
+
+        return create_scheduler(policy, SchedulerConfig(), predict)
+
+    def instances(self, unit: Unit, phases: Sequence[Role], policy: str = "") -> list[Instance]:
         """The unit's instances; and, for a phase alone, one of the other that takes no time and has no end."""
         made: list[Instance] = []
         for group in unit.groups:
             for _ in range(group.instances):
-                made.append(self._instance(len(made), group))
+                made.append(self._instance(len(made), group, self.public.get(policy)))
         if len(phases) == 1:
             (role,) = {Role.PREFILL, Role.DECODE} - set(phases)
             made.append(
@@ -110,8 +145,10 @@ class Hardware:
             )
         return made
 
-    def _instance(self, id: int, group: Group) -> Instance:
+    def _instance(self, id: int, group: Group, public: PublicSystem | None) -> Instance:
         profile = self._profiles[group.role]
+        if public is not None:
+            return public.instance(id, group.role, self.kv_tokens(group), group.shape.pp)
         prefills, decodes = group.role is not Role.DECODE, group.role is not Role.PREFILL
         return Instance(
             id,
@@ -126,27 +163,39 @@ class Hardware:
             saturation_tokens=profile.l_m(group.shape.tp) if prefills else 0,
         )
 
-    def latency(self, unit: Unit, instances: Sequence[Instance], phases: Sequence[Role]) -> PlacedLatency:
+    def latency(self, unit: Unit, instances: Sequence[Instance], phases: Sequence[Role], policy: str) -> PlacedLatency:
         """The truth of a trial."""
         groups = [group for group in unit.groups for _ in range(group.instances)]
+        if (system := self.public.get(policy)) is not None:
+            layout = [(id, group.shape.tp, group.shape.pp) for id, group in enumerate(groups)]
+            latency: PlacedLatency = system.latency(self._profiles[groups[0].role], layout)
+            for one in instances[len(groups) :]:
+                latency.place(one.id, Instant())
+            return latency
         steps: dict[int, StepTime] = {one.id: Instant() for one in instances}
         steps |= {one.id: self.step_time(group) for one, group in zip(instances, groups, strict=False)}
         gpus = {one.id: group.shape.gpus for one, group in zip(instances, groups, strict=False)}
         nodes = {one.id: int(unit.kv_crosses_nodes and one.role is Role.DECODE) for one in instances}
-        links = self._links() if len(phases) > 1 else Links(bytes_per_s=1e18, network_bytes_per_s=1e18, latency_s=0.0)
+        free = Links(bytes_per_s=1e18, network_bytes_per_s=1e18, latency_s=0.0)
+        return self.placed(steps, gpus, nodes, None if len(phases) > 1 else free)
+
+    def delay_s(self, policy: str) -> float:
+        """From a request's arrival until the scheduler hears of it."""
+        return self.public[policy].request_s if policy in self.public else 0.0
+
+    def placed(
+        self,
+        steps: Mapping[int, StepTime],
+        gpus: Mapping[int, int],
+        nodes: Mapping[int, int] | None = None,
+        links: Links | None = None,
+    ) -> PlacedLatency:
+        """Instances with these step times and GPUs, joined by the plan's links."""
         overhead_s = max(profile.host_overhead_s for profile in self._profiles.values())
         page_bytes = PAGE_SIZE * self.arch.kv_bytes_per_token(self.plan.dtype)
-        return PlacedLatency(steps, links, page_bytes, gpus=gpus, nodes=nodes, host_overhead_s=overhead_s)
-
-    def predictor(self, unit: Unit) -> Predictor:
-        """What policies foretell with: the same figures."""
-        by_role = {group.role: group for group in unit.groups}
-
-        def predict(instance: Instance) -> StepTime | None:
-            group = by_role.get(instance.role)
-            return None if group is None else self.step_time(group)
-
-        return predict
+        return PlacedLatency(
+            steps, links or self._links(), page_bytes, gpus=gpus, nodes=nodes, host_overhead_s=overhead_s
+        )
 
     def _links(self) -> Links:
         profile = self._profiles[Role.PREFILL]

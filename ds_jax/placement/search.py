@@ -111,11 +111,17 @@ class Infeasible(ValueError):
 class PlacementSearch:
     """Searches one plan. Use as a context manager: it keeps worker processes."""
 
-    def __init__(self, plan: PlanConfig, arch: Architecture, progress: Progress | None = None):
+    def __init__(
+        self,
+        plan: PlanConfig,
+        arch: Architecture,
+        progress: Progress | None = None,
+        requests: Requests | None = None,
+    ):
         plan.check()
         self.plan = plan
         self.hardware = Hardware(plan, arch)
-        self.requests = Requests(plan)
+        self.requests = requests or Requests(plan)
         self.trials = Trials(plan, self.hardware, self.requests)
         self.cache = GoodputCache(plan, self.hardware)
         self._progress = progress
@@ -189,7 +195,7 @@ class PlacementSearch:
             (replace(prefill, instances=counts[0]), replace(decode, instances=counts[1])),
             kv_crosses_nodes=prefill.gpus * counts[0] + decode.gpus * counts[1] > plan.cluster.gpus_per_node,
         )
-        (judged,) = self._judge([Candidate(unit, "disaggregated")], "both phases together")
+        (judged,) = self.judge([Candidate(unit, "disaggregated")], "both phases together")
         if judged.goodput is None or not judged.goodput.per_gpu:
             self._refuse([judged], "disaggregated")
         assert judged.goodput is not None
@@ -227,14 +233,18 @@ class PlacementSearch:
     # --- judging ------------------------------------------------------------------------------------------------------
 
     def _best(self, candidates: Sequence[Candidate], what: str) -> Judged:
-        judged = self._judge(candidates, what)
+        judged = self.judge(candidates, what)
         winners = [one for one in judged if one.goodput is not None and one.goodput.per_gpu > 0]
         if not winners:
             self._refuse(judged, what)
         return min(winners, key=_rank)
 
-    def _judge(self, candidates: Sequence[Candidate], what: str) -> list[Judged]:
-        """Every candidate's goodput, or that it is below the best one's; in the order given."""
+    def judge(self, candidates: Sequence[Candidate], what: str, *, within: float = 1.0) -> list[Judged]:
+        """Every candidate's goodput, or that it is below the best one's; in the order given.
+
+        Args:
+            within: find the goodput of those too that reach this share of the best one's.
+        """
         bounds = [self._bound(candidate) for candidate in candidates]
         self._total += len(candidates)
         judged: dict[int, Judged] = {}
@@ -250,7 +260,7 @@ class PlacementSearch:
         while queue or flying:
             while queue and len(flying) < self._workers:
                 index = queue.pop(0)
-                beat = -best[0] if best is not None and prune else 0.0
+                beat = -best[0] * within if best is not None and prune else 0.0
                 if prune and bounds[index].per_gpu < beat:
                     judged[index] = Judged(candidates[index], bounds[index], None)
                     self._tell(1, what)

@@ -8,15 +8,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ds_jax.config import SchedulerConfig
 from ds_jax.metrics import RequestTimes
 from ds_jax.placement.hardware import Hardware
 from ds_jax.placement.layouts import Unit
 from ds_jax.plan import PlanConfig
 from ds_jax.protocol import InstanceUp, Role, Slo
-from ds_jax.scheduling import create_scheduler
 from ds_jax.simulation import VirtualTime
-from ds_jax.workload import Submission, workload
+from ds_jax.workload import Submission, TraceWorkload, Workload, workload
 
 BOTH = (Role.PREFILL, Role.DECODE)
 
@@ -39,17 +37,17 @@ class Outcome:
 class Requests:
     """The requests of a plan's workload, drawn once; at another rate the gaps are scaled."""
 
-    def __init__(self, plan: PlanConfig):
-        count = plan.search.requests or (300 if plan.search.rule == "published" else 1000)
-        slo = Slo(round(plan.slo.ttft_s * 1e9), round(plan.slo.tpot_s * 1e9))
-        if plan.workload.name.endswith((".csv", ".jsonl")):
-            drawn = workload(plan.workload.name, count=count, slo=slo)
-        else:
-            drawn = workload(
-                plan.workload.name, rate=1.0, cv=plan.workload.cv, count=count, seed=plan.search.seed, slo=slo
-            )
-        self.submissions = list(drawn)
-        self.assumed = drawn.assumed
+    def __init__(self, plan: PlanConfig, submissions: Sequence[Submission] | None = None):
+        """
+        Args:
+            submissions: the requests themselves, in place of those that the plan names.
+        """
+        self.assumed = ""
+        if submissions is None:
+            drawn = _draw(plan)
+            self.assumed = drawn.assumed
+            submissions = list(drawn)
+        self.submissions = submissions
         if not self.submissions:
             raise ValueError(f"workload.name = {plan.workload.name} has no request")
         span_s = self.submissions[-1].arrival_ns / 1e9
@@ -64,6 +62,14 @@ class Requests:
         if Role.DECODE in phases:
             return scaled
         return [one._replace(request=replace(one.request, max_tokens=1), output_tokens=1) for one in scaled]
+
+
+def _draw(plan: PlanConfig) -> Workload | TraceWorkload:
+    count = plan.search.requests or (300 if plan.search.rule == "published" else 1000)
+    slo = Slo(round(plan.slo.ttft_s * 1e9), round(plan.slo.tpot_s * 1e9))
+    if plan.workload.name.endswith((".csv", ".jsonl")):
+        return workload(plan.workload.name, count=count, slo=slo)
+    return workload(plan.workload.name, rate=1.0, cv=plan.workload.cv, count=count, seed=plan.search.seed, slo=slo)
 
 
 def replace_arrival(one: Submission, arrival_ns: int) -> Submission:
@@ -89,11 +95,11 @@ class Trials:
             phases: judge, and run, only these: a lone prefill phase has no decoding; a lone decode phase has a prefill
                 that takes no time.
         """
-        instances = self.hardware.instances(unit, phases)
-        latency = self.hardware.latency(unit, instances, phases)
-        scheduler = create_scheduler(policy, SchedulerConfig(), self.hardware.predictor(unit))
-        judge = _Judge(self.plan, phases, len(self.requests.submissions), cut)
-        world = VirtualTime(scheduler, latency, judge.hear)
+        hardware = self.hardware
+        instances = hardware.instances(unit, phases, policy)
+        judge = _Judge(self.plan, phases, len(self.requests.submissions), cut, hardware.delay_s(policy))
+        latency = hardware.latency(unit, instances, phases, policy)
+        world = VirtualTime(hardware.scheduler(unit, policy), latency, judge.hear)
         with contextlib.suppress(_Enough):
             world.run([(0, InstanceUp(one)) for one in instances], self.requests.at(rate, phases))
         return judge.outcome()
@@ -102,10 +108,11 @@ class Trials:
 class _Judge:
     """Hears of every request that ends."""
 
-    def __init__(self, plan: PlanConfig, phases: Sequence[Role], count: int, cut: bool):
+    def __init__(self, plan: PlanConfig, phases: Sequence[Role], count: int, cut: bool, delay_s: float):
         self.slo_ttft_ns = plan.slo.ttft_s * 1e9 if Role.PREFILL in phases else float("inf")
         self.slo_tpot_ns = plan.slo.tpot_s * 1e9 if Role.DECODE in phases else float("inf")
         self.count = count
+        self.delay_ns = delay_s * 1e9
         self.apart = plan.search.rule == "published"
         self.attainment = plan.search.attainment
         allowed = (1 - self.attainment) * count
@@ -116,7 +123,8 @@ class _Judge:
         self.late_first = self.late_rest = self.missed = 0
 
     def hear(self, times: RequestTimes) -> None:
-        ttft, tpot = times.ttft_ns, times.tpot_ns
+        ttft = None if times.ttft_ns is None else times.ttft_ns + self.delay_ns
+        tpot = times.tpot_ns
         late_first = ttft is None or times.rejected or ttft > self.slo_ttft_ns
         late_rest = tpot is None or times.rejected or tpot > self.slo_tpot_ns
         self.ttft.append(float("inf") if ttft is None else ttft)

@@ -102,6 +102,10 @@ class PlacedLatency:
         self._free_s: dict[tuple[str, int], float] = {}
         """When each link is free."""
 
+    def place(self, instance: int, step_time: StepTime) -> None:
+        """One more instance."""
+        self._step_s[instance] = step_time.step_s
+
     def step_ns(self, step: Step, context_tokens: int) -> int:
         """As `LatencyModel.step_ns`."""
         chunks = [(work[1], work[2]) for work in step.prefills]
