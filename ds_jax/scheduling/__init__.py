@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from ds_jax.latency import Predictor
 
 POLICIES = {
+    "chunked": "ds_jax.scheduling.chunked:Chunked",
+    "colocated": "ds_jax.scheduling.colocated:Colocated",
+    "deflected": "ds_jax.scheduling.deflected:Deflected",
     "disaggregated": "ds_jax.scheduling.disaggregated:Disaggregated",
     "multiplexed": "ds_jax.scheduling.multiplexed:Multiplexed",
 }

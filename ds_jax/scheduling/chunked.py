@@ -66,8 +66,8 @@ class Chunked(Policy):
         """The order of the prompts. At most so many are needed as a step has rows."""
         rows = worker.instance.max_step_sequences
         begun = list(worker.prompts.partial.values())[:rows]
-        if self.options.chunk_order == "vllm_v1" and worker.preempted:
-            return begun
+        if worker.preempted or (self.options.chunk_order == "vllm_v1" and worker.ledger.promised):
+            return begun  # those just preempted come before whoever waits, as soon as their last steps are done
         waiting = worker.prompts.first(rows)
         if self.options.chunk_order == "splitfuse":
             return heapq.merge(begun, waiting, key=lambda sequence: sequence.order)

@@ -378,13 +378,12 @@ class Policy:
 
     def _with_family(self, sequence: Sequence) -> Worker | None:
         """The worker that has, or will have, a sequence of the same request, whose pages can be shared."""
-        if len(sequence.family) == 1:
-            return None
+        if len(sequence.family) == 1 or sequence.home.decodes:
+            return None  # workers that both prefill must not wait for each other's pages
         for worker in self.candidates(sequence, prefill=False):
-            if worker is not sequence.home:
-                for relative in sequence.family:
-                    if relative is not sequence and worker.decoding.expects(relative, self._flight):
-                        return worker
+            for relative in sequence.family:
+                if relative is not sequence and worker.decoding.expects(relative, self._flight):
+                    return worker
         return None
 
     def _withdraw(self, sequence: Sequence) -> None:

@@ -102,6 +102,8 @@ class Decoding:
             if self._owns_last_page(sequence):
                 del self.siblings[sequence.id]
                 self.land(sequence)
+            elif not any(relative.id in self.siblings for relative in sequence.family if relative is not sequence):
+                continue  # the page will be its own when the copies of the others have landed
             elif self._ledger.free or self._worker.find_page(sequence):
                 del self.siblings[sequence.id]
                 return self._begin_copy(sequence, full, flight)

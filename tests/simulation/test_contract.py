@@ -62,7 +62,7 @@ def test_a_whole_life_is_in_order(contract):
     assert [sequence.id for sequence in contract.living()] == [1]
     contract.hear(StepDone(2), [], 0)
     contract.hear(StepDone(3), [], 0)
-    assert contract.quiet(1) and not contract.accounted(1)
+    assert contract.quiet(contract.lives[1]) and not contract.accounted(contract.lives[1])
 
 
 @pytest.mark.parametrize(
