@@ -253,7 +253,7 @@ ROLES = {
 }
 """Roles of the instances that each policy works with; multiplexing workers are mixed instances."""
 
-MIXING = {"chunked", "multiplexed", "deflected"}
+MIXING = {"chunked", "deflected"}
 """Policies whose steps may hold prompt chunks and decodes together: programs for such steps take time to compile."""
 
 COPIES: dict[str, set[tuple[Role, Role]]] = {

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import pytest
 
-from ds_jax import recorder
+from ds_jax import protocol, recorder
 from ds_jax.config import (
     ROLES,
     CacheConfig,
@@ -140,6 +140,12 @@ def test_the_trace_has_aborts_and_preemptions_of_the_kind_that_was_asked_for(ser
         assert out and back
     else:
         assert served.replays and not out
+
+
+def test_a_policy_uses_what_is_compiled_for_it(served: Run) -> None:
+    """Steps with chunks and decodes together come where there are programs for them, and nowhere else."""
+    steps = [one.step for entry in served.log.entries for one in entry.commands if isinstance(one, protocol.Run)]
+    assert any(step.prefills and step.decodes for step in steps) == served.config.mixes
 
 
 def test_a_fresh_scheduler_answers_the_log_with_the_same_commands(served: Run) -> None:
