@@ -6,9 +6,11 @@ A scheduler that foretells gets a `Predictor`; the simulator runs on a truth of 
 from ds_jax.latency.capacity import fewest_gpus, kv_tokens
 from ds_jax.latency.fitted import FittedStepTime, StepFit
 from ds_jax.latency.gpus import GPUS, Gpu, gpu
+from ds_jax.latency.paper import PaperForm, paper_form
 from ds_jax.latency.profile import LatencyProfile, load
 from ds_jax.latency.roofline import roofline
 from ds_jax.latency.step_time import Chunk, Predictor, StepTime
+from ds_jax.latency.wrong import Scaled, wrong_by
 
 __all__ = [
     "GPUS",
@@ -16,12 +18,16 @@ __all__ = [
     "FittedStepTime",
     "Gpu",
     "LatencyProfile",
+    "PaperForm",
     "Predictor",
+    "Scaled",
     "StepFit",
     "StepTime",
     "fewest_gpus",
     "gpu",
     "kv_tokens",
     "load",
+    "paper_form",
     "roofline",
+    "wrong_by",
 ]
