@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 from ds_jax.architecture import Architecture
 from ds_jax.attainment import Attainment, Drift, goodput
@@ -109,7 +109,7 @@ def candidates(policy: str, instances: int, quick: bool = False) -> list[Candida
         return [Candidate(policy, every, 8192, SchedulerConfig(token_budget=budget)) for budget in chunks]
     second = Role.DECODE if policy == "disaggregated" else Role.MIXED
     placements = [((Role.PREFILL, one), (second, other)) for one, other in splits]
-    orders = ("fcfs", "sjf") if policy == "multiplexed" and not quick else ("fcfs",)
+    orders: tuple[Literal["fcfs", "sjf"], ...] = ("fcfs", "sjf") if policy == "multiplexed" and not quick else ("fcfs",)
     found = [
         Candidate(policy, placement, budget, SchedulerConfig(queue_order=order))
         for placement, budget, order in itertools.product(placements, budgets, orders)
@@ -138,7 +138,7 @@ class Scenario(NamedTuple):
 def scenarios(setting: Setting, mooncake: str | None) -> dict[str, Scenario]:
     """The workloads of the comparison, by name."""
     chat, tropical = slo(0.25, 0.1), setting.tropical_slo
-    code, long = slo(0.125, 0.2), slo(15.0, 0.15)
+    code, summary = slo(0.125, 0.2), slo(15.0, 0.15)
 
     def published(name: str, targets: Slo | Callable[[Lengths], Slo], cv: float = 1.0):
         def make(rate: float, count: int, seed: int) -> Workload | TraceWorkload:
@@ -149,10 +149,10 @@ def scenarios(setting: Setting, mooncake: str | None) -> dict[str, Scenario]:
     def trace(rate: float, count: int, seed: int) -> TraceWorkload:
         """Another part of the trace for each seed."""
         assert mooncake is not None
-        return workload(mooncake, rate=rate, count=count, skip=seed * count, slo=tropical, max_tokens=MAX_TOKENS)  # type: ignore[return-value]
+        return workload(mooncake, rate=rate, count=count, skip=2000 * seed, slo=tropical, max_tokens=MAX_TOKENS)  # type: ignore[return-value]
 
     def classes(phases: tuple[Phase, ...]):
-        both = (RequestClass("chat", SHAREGPT, chat, 0.7), RequestClass("summary", LONGBENCH, long, 0.3))
+        both = (RequestClass("chat", SHAREGPT, chat, 0.7), RequestClass("summary", LONGBENCH, summary, 0.3))
 
         def make(rate: float, count: int, seed: int) -> Workload:
             return mix(both, rate=rate, count=count, seed=seed, phases=phases, max_tokens=MAX_TOKENS)
@@ -162,7 +162,7 @@ def scenarios(setting: Setting, mooncake: str | None) -> dict[str, Scenario]:
     shift = (Phase(20.0, (1.0, 0.0)), Phase(20.0, (0.5, 0.5)), Phase(20.0, (0.1, 0.9)))
     five = "TTFT 5x unloaded prefill, TPOT 0.1 s"
     apart = "chat 0.25/0.1 s, summary 15/0.15 s"
-    all = [
+    every = [
         Scenario("sharegpt", published("sharegpt", chat), "0.25/0.1 s", "", 16.0),
         Scenario("humaneval", published("humaneval", code), "0.125/0.2 s", workload("humaneval", rate=1).assumed, 40.0),
         Scenario("longbench", published("longbench", tropical), five, workload("longbench", rate=1).assumed, 8.0),
@@ -173,7 +173,7 @@ def scenarios(setting: Setting, mooncake: str | None) -> dict[str, Scenario]:
         Scenario("two_classes", classes(()), apart, "70 % ShareGPT, 30 % LongBench; " + LONGBENCH.assumed, 10.0),
         Scenario("shifting", classes(shift), apart, "shares shift every 20 s; " + LONGBENCH.assumed, 10.0),
     ]
-    return {one.name: one for one in all}
+    return {one.name: one for one in every}
 
 
 @dataclass(frozen=True)
@@ -187,13 +187,11 @@ class Wrong:
     def stages(self) -> int:
         return self.truth.stages
 
-    def step_s(self, chunks, batch, context_tokens):  # type: ignore[no-untyped-def]
+    def step_s(self, chunks, batch, context_tokens):
         return self.factor * self.truth.step_s(chunks, batch, context_tokens)
 
 
-def run(
-    setting: Setting, candidate: Candidate, requests: Iterable[Submission], error: float, warmup: float = 0.0
-) -> Attainment:
+def run(setting: Setting, candidate: Candidate, work: Iterable[Submission], error: float) -> Attainment:
     """Serve the requests in simulation. `error` is the relative error of what the policy foretells."""
     profile, tp = setting.profile, setting.tp
     step_time = profile.step_time(tp, 1)
@@ -223,18 +221,23 @@ def run(
     brought: dict[int, Submission] = {}
 
     def told() -> Iterable[Submission]:
-        for one in requests:
+        for one in work:
             brought[one.request.id] = one
             yield one
 
     attained = Attainment()
 
-    def end(times) -> None:  # type: ignore[no-untyped-def]
+    def end(times) -> None:
         one = brought.pop(times.sequence)
         attained.add(times, one.request.slo, one.label)
 
     simulate(scheduler, instances, told(), truth, on_end=end)
     return attained
+
+
+def requests(rate: float, length_s: float) -> int:
+    """So many that the arrivals last so long, within 300 to 4000 requests."""
+    return min(max(300, round(rate * length_s)), 4000)
 
 
 class Tuned(NamedTuple):
@@ -245,7 +248,15 @@ class Tuned(NamedTuple):
 
 
 def tune(
-    setting: Setting, scenario: Scenario, policy: str, *, count: int, seed: int, share: float, rounds: int, quick: bool
+    setting: Setting,
+    scenario: Scenario,
+    policy: str,
+    *,
+    length_s: float,
+    seed: int,
+    share: float,
+    rounds: int,
+    quick: bool,
 ) -> Tuned:
     """The candidate that passes at the highest rate: bisection over the rate, with those that still pass.
 
@@ -258,7 +269,7 @@ def tune(
     while tried == 0 or high == 0.0 or rounds > 0:
         attained = []
         for candidate in alive:
-            made = run(setting, candidate, scenario.make(rate, count, seed), 0.0)
+            made = run(setting, candidate, scenario.make(rate, requests(rate, length_s), seed), 0.0)
             attained.append(made.shares().both)
         tried += len(alive)
         passed = [one for one, value in zip(alive, attained, strict=True) if value >= share]
@@ -306,11 +317,11 @@ def measure(
     candidate: Candidate,
     rate: float,
     *,
-    count: int,
+    length_s: float,
     runs: Iterable[tuple[int, float]],
 ) -> Point:
     """Pool the runs (seed, predictor error) at this rate."""
-    made = [run(setting, candidate, scenario.make(rate, count, seed), error) for seed, error in runs]
+    made = [run(setting, candidate, scenario.make(rate, requests(rate, length_s), seed), error) for seed, error in runs]
     shares = [one.shares() for one in made]
     mean = sum(one.both for one in shares) / len(shares)
     # Independent runs: the half widths add like standard errors.
@@ -338,20 +349,3 @@ def curve(points: list[Point], share: float) -> tuple[float, float, float]:
     by = [[point.both for point in points], [point.low for point in points], [point.high for point in points]]
     middle, low, high = (goodput(rates, values, share) for values in by)
     return middle, low, high
-
-
-__all__ = [
-    "Candidate",
-    "Point",
-    "Scenario",
-    "Setting",
-    "Tuned",
-    "candidates",
-    "curve",
-    "measure",
-    "replace",
-    "run",
-    "scenarios",
-    "tropical_profile",
-    "tune",
-]

@@ -30,8 +30,8 @@ PATIENCE_NS = 10 * 10**9
 """A request without a TTFT target is ranked as if it had this one; it is never given up."""
 SMALLEST_CHUNK = 16
 """Tokens; below, a worker takes no further prompts until a chunk of twice as many is safe."""
-HORIZON = 16
-"""Steps that are looked ahead when a prompt is cut into chunks."""
+HORIZON = 4
+"""Steps that are looked ahead when a prompt is cut into chunks; the rest is taken to go on like the last."""
 
 
 class Deflected(SlackPolicy):
@@ -197,8 +197,9 @@ class Deflected(SlackPolicy):
         """Whether its first token is expected in time if it starts here now."""
         foresight = self.foresight(worker)
         account = foresight.accounts[lane]
-        if not account.batch:
-            ends_ns = foresight.forecast.free_ns(self.now_ns, lane) + self.prefill_ns(sequence, worker)
+        ends_ns = foresight.forecast.free_ns(self.now_ns, lane) + self.prefill_ns(sequence, worker)
+        if ends_ns > self.deadline_ns(sequence) or not account.batch:
+            pass
         elif self._admits(foresight, account, seconds):
             ends_ns = self._ends_ns(worker, lane, sequence, seconds)
         else:
@@ -219,20 +220,20 @@ class Deflected(SlackPolicy):
         """When the prompt would be done here: each step as long as the slack that is left, which grows by SLO_tpot."""
         foresight = self.foresight(worker)
         forecast, account = foresight.forecast, foresight.accounts[lane]
-        ends_ns = float(self._free_ns(worker))
+        ends_s = self._free_ns(worker) / 1e9
         each_s = account.tightest_tpot_ns() / 1e9
-        done = 0
+        done = size = 0
+        step_s = 0.0
         for _ in range(HORIZON):
-            rest = sequence.tokens - done
-            most = min(rest, worker.instance.max_step_tokens)
+            most = min(sequence.tokens - done, worker.instance.max_step_tokens)
             size = forecast.chunk_within(seconds, done, most, account.batch, account.context_tokens)
             step_s = forecast.step_s([(done, size)] if size else [], account.batch, account.context_tokens)
-            ends_ns += step_s * 1e9
+            ends_s += step_s
             done += size
             if done >= sequence.tokens:
-                return ends_ns
+                return 1e9 * ends_s
             seconds = max(seconds - step_s + each_s, FLOOR * each_s)
-        return ends_ns + (ends_ns - self.now_ns) * (sequence.tokens - done) / done if done else math.inf
+        return 1e9 * (ends_s + step_s * (sequence.tokens - done) / size) if size else math.inf
 
     def _started(self, sequence: Sequence, worker: Worker) -> bool:
         """Bind the prompt to the worker, unless it is already; False if its pages are gone meanwhile."""

@@ -117,7 +117,7 @@ class Multiplexed(SlackPolicy):
     def _in_time_for_all(self, sequence: Sequence, workers: list[Worker]) -> Worker | None:
         """A prefill worker where, with this prompt in its place in the queue, all first tokens are expected in time."""
         able = []
-        for worker in workers:
+        for worker in workers if self.deadline_ns(sequence) > self.now_ns else ():
             forecast = self.foresight(worker).forecast
             at_ns = float(forecast.free_ns(self.now_ns))
             rank = self.order(worker)

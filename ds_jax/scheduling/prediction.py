@@ -144,20 +144,30 @@ class Forecast:
     ) -> int:
         """Most tokens, up to `most`, of a prompt from `start` on in a step that hardly exceeds `seconds`; 0: none.
 
-        By bisection: a step with more tokens takes longer, whatever the form of its time. `beside` are other chunks.
+        By interpolation between a size that fits and one that does not: with more tokens a step takes longer, whatever
+        the form of its time. `beside` are other chunks.
         """
+        if most <= 0 or seconds == math.inf:
+            return max(0, most)
 
-        def fits(tokens: int) -> bool:
-            return self.safe_s([*beside, (start, tokens)], batch, context_tokens) <= seconds
+        def over_s(tokens: int) -> float:
+            return self.safe_s([*beside, (start, tokens)], batch, context_tokens) - seconds
 
-        if most <= 0 or not fits(1):
-            return 0
-        if seconds == math.inf or fits(most):
+        if (above := over_s(most)) <= 0:
             return most
+        if (below := over_s(1)) > 0:
+            return 0
         low, high = 1, most
-        while high - low > max(1, low // 32):
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
+        for _ in range(8):
+            if high - low <= max(1, low // 32):
+                break
+            middle = min(max(low + int((high - low) * below / (below - above)), low + 1), high - 1)
+            if (over := over_s(middle)) <= 0:
+                low, below = middle, over
+                if over > -seconds / 64:
+                    break
+            else:
+                high, above = middle, over
         return low
 
     # --- learning -----------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def test_a_whole_prompt_costs_its_chunks():
 def test_the_largest_chunk_is_the_largest():
     forecast = Forecast(Wrong(1.0))
     most = forecast.chunk_within(0.1, 300, 4000, 20, 9000)
-    assert forecast.safe_s([(300, most)], 20, 9000) <= 0.1 < forecast.safe_s([(300, round(most * 1.05))], 20, 9000)
+    assert forecast.safe_s([(300, most)], 20, 9000) <= 0.1 < forecast.safe_s([(300, round(most * 1.08))], 20, 9000)
     assert forecast.chunk_within(0.1, 0, 10, 20, 9000) == 10
     assert forecast.chunk_within(0.01, 0, 10, 20, 9000) == 0
 
