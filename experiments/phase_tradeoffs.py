@@ -222,7 +222,7 @@ def _draw(output: Any, small: Any, large: Any, found: dict[str, Any]) -> None:
         panels[1].plot(gpus, [row["tokens_per_s"] / 1e3 for row in mine], "o-", label=kind)
     for panel, label in zip(panels, ("decode step, ms", "thousand tokens/s"), strict=True):
         panel.set(xlabel="GPUs", ylabel=label, ylim=(0, None), xticks=gpus)
-        panel.legend()
+    panels[0].legend(loc="lower left")
     panels[0].set_title(f"latency, {small.model}, batch 128{_mark(small)}", loc="left")
     panels[1].set_title("throughput", loc="left")
     output.figure("fig5_decode_parallelism", figure)

@@ -1,0 +1,284 @@
+"""The systems that the papers compare, the workloads that they compare them on, and one try of a system at one rate.
+
+A system is a policy with its options on a unit of instances. Under `search.rule=joint` all of them run on the same step
+times, so that only policies differ; under `published` DistServe and vLLM keep the rules, step times and host overheads
+that their public code had.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ds_jax.attainment import Share
+from ds_jax.config import SchedulerConfig, SloConfig
+from ds_jax.metrics import RequestTimes
+from ds_jax.placement.goodput import LOWEST_RATE
+from ds_jax.placement.hardware import Hardware
+from ds_jax.placement.layouts import Group, Shape, Unit
+from ds_jax.placement.trial import BOTH, Requests
+from ds_jax.plan import ClusterConfig, PlanConfig, WorkloadConfig
+from ds_jax.protocol import InstanceUp, Role
+from ds_jax.scheduling import create_scheduler
+from ds_jax.simulation import VirtualTime
+
+if TYPE_CHECKING:
+    from absl import flags
+
+MII = SchedulerConfig(chunk_order="splitfuse", token_budget=768)
+"""DeepSpeed-MII's scheduler; 768 tokens is the ragged batch of its default configuration."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One workload of DistServe's evaluation (section 6.2, Table 1)."""
+
+    name: str
+    model: str
+    profile: str
+    """Step times; empty: a roofline, extrapolated."""
+    cluster: ClusterConfig
+    workload: str
+    slo: SloConfig
+    vllm_tp: int
+    """Tensor parallelism of vLLM and DeepSpeed-MII in the paper (section 6.1)."""
+    prefill: Shape
+    """The paper's placement (Table 3)."""
+    decode: Shape
+    goodput_over_vllm: float
+    """Published: ratio of the rates at 90 % attainment."""
+    goodput_over_mii: float | None
+    slo_over_vllm: float
+    """Published: how much tighter the targets may be at the same rate."""
+    slo_over_mii: float | None
+
+    def plan(self) -> PlanConfig:
+        """The evaluation as a plan, to which a placement can be found."""
+        return PlanConfig(
+            model=self.model,
+            profile=self.profile,
+            affinity="low",
+            cluster=self.cluster,
+            slo=self.slo,
+            workload=WorkloadConfig(name=self.workload),
+        )
+
+
+_13B = ("models/published/opt-13b", "configs/latency/a100_80g_opt_13b.json", ClusterConfig(nodes=1, gpus_per_node=4))
+_66B = ("models/published/opt-66b", "configs/latency/a100_80g_opt_66b.json", ClusterConfig(nodes=1, gpus_per_node=8))
+_175B = ("models/published/opt-175b", "", ClusterConfig(nodes=4, gpus_per_node=8))
+_66B_PLACED = (4, Shape(4, 1), Shape(2, 2))
+
+EVALUATIONS = (
+    Evaluation("13B ShareGPT", *_13B, "sharegpt", SloConfig(0.25, 0.1), 1, Shape(2, 1), Shape(1, 1),
+               4.60, 7.36, 1.74, 1.80),
+    Evaluation("66B ShareGPT", *_66B, "sharegpt", SloConfig(2.5, 0.15), *_66B_PLACED, 2.75, 1.57, 3.14, 1.80),
+    Evaluation("175B ShareGPT", *_175B, "sharegpt", SloConfig(4.0, 0.2), 8, Shape(3, 3), Shape(4, 3),
+               1.99, None, 1.77, None),
+    Evaluation("66B HumanEval", *_66B, "humaneval", SloConfig(0.125, 0.2), *_66B_PLACED, 5.72, 1.59, 1.35, 1.27),
+    Evaluation("66B LongBench", *_66B, "longbench", SloConfig(15.0, 0.15), *_66B_PLACED, 4.24, 1.77, 12.59, 2.59),
+)  # fmt: skip
+"""DistServe, section 6.2: Tables 1 and 3, Figures 8 and 9."""
+
+
+@dataclass(frozen=True)
+class System:
+    """What is tried."""
+
+    name: str
+    policy: str
+    unit: Unit
+    options: SchedulerConfig = field(default_factory=SchedulerConfig)
+    foretells: bool = False
+    """Whether the policy looks at a request's targets: at others it must be tried anew."""
+
+
+def pair(prefill: Shape, decode: Shape, prefills: int = 1, decodes: int = 1) -> Unit:
+    """Prefill and decode instances."""
+    return Unit((Group(Role.PREFILL, prefill, prefills), Group(Role.DECODE, decode, decodes)))
+
+
+def mixed(shape: Shape, instances: int = 1) -> Unit:
+    """Instances that do both phases."""
+    return Unit((Group(Role.MIXED, shape, instances),))
+
+
+def multiplexing(unit: Unit) -> Unit:
+    """The same instances, those that decode now taking prompts as well."""
+    groups = [replace(group, role=Role.MIXED) if group.role is Role.DECODE else group for group in unit.groups]
+    return replace(unit, groups=tuple(groups))
+
+
+# --- one try ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Served:
+    """The requests of one try, in order of arrival; all arrays have one element (row) per request."""
+
+    rate_per_gpu: float
+    ttft_s: np.ndarray
+    """inf: never served."""
+    tpot_s: np.ndarray
+    stages_s: np.ndarray
+    """(requests, 5): seconds in each stage of `protocol.STAGES`."""
+    outputs: np.ndarray
+    rejected: int
+
+    def share(self, slo: SloConfig, scale: float = 1.0) -> float:
+        """Share of requests inside both targets."""
+        return float(np.mean((self.ttft_s <= scale * slo.ttft_s) & (self.tpot_s <= scale * slo.tpot_s)))
+
+    def shares(self, slo: SloConfig) -> tuple[float, float, float]:
+        """Shares inside both targets, that of TTFT, and that of TPOT."""
+        return (
+            self.share(slo),
+            float(np.mean(self.ttft_s <= slo.ttft_s)),
+            float(np.mean(self.tpot_s <= slo.tpot_s)),
+        )
+
+    def interval(self, slo: SloConfig) -> tuple[float, float]:
+        """Where the share inside both targets lies, with 95 % confidence."""
+        counted = Share()
+        for inside in (self.ttft_s <= slo.ttft_s) & (self.tpot_s <= slo.tpot_s):
+            counted.add(bool(inside))
+        return counted.interval()
+
+    def percentiles(self, at: float) -> tuple[float, float]:
+        """That percentile of TTFT and of TPOT."""
+        return float(np.percentile(self.ttft_s, at)), float(np.percentile(self.tpot_s, at))
+
+
+def serve(
+    plan: PlanConfig,
+    system: System,
+    rate_per_gpu: float,
+    *,
+    count: int = 0,
+    phases: Sequence[Role] = BOTH,
+    requests: Requests | None = None,
+) -> Served:
+    """The system serves the first `count` requests (0: all) of the plan's workload, or those given, at this rate.
+
+    Args:
+        rate_per_gpu: requests/s per GPU of the unit; of the phase's GPUs where a phase is looked at alone.
+    """
+    plan = replace(plan, policy=system.policy)  # the public rules give a policy the step times that its system had
+    requests, machines = requests or _requests(plan), hardware(plan)
+    instances = machines.instances(system.unit, phases, system.policy)
+    latency = machines.latency(system.unit, instances, phases, system.policy)
+    if system.options == SchedulerConfig():
+        scheduler = machines.scheduler(system.unit, system.policy)
+    else:
+        scheduler = create_scheduler(system.policy, system.options)
+    ended: list[RequestTimes] = []
+    world = VirtualTime(scheduler, latency, ended.append)
+    submissions = requests.at(rate_per_gpu * system.unit.gpus, phases)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # steps beyond a measured range: Hardware.notes tells of them
+        world.run([(0, InstanceUp(one)) for one in instances], submissions[:count] if count else submissions)
+    delay_s = machines.delay_s(system.policy)
+    ended.sort(key=lambda one: one.sequence)
+    nothing = float("inf")
+    served = [(one.ttft_ns, one.tpot_ns) if not one.rejected else (None, None) for one in ended]
+    return Served(
+        rate_per_gpu,
+        np.array([nothing if ttft is None else ttft / 1e9 + delay_s for ttft, _ in served]),
+        np.array([nothing if tpot is None else tpot / 1e9 for _, tpot in served]),
+        np.array([one.stages_ns for one in ended]) / 1e9,
+        np.array([one.output_tokens for one in ended]),
+        sum(one.rejected for one in ended),
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _requests(plan: PlanConfig) -> Requests:
+    return Requests(plan)
+
+
+@functools.lru_cache(maxsize=16)
+def hardware(plan: PlanConfig) -> Hardware:
+    """The plan's step times, memory and links."""
+    from models.folder import read_configs
+
+    return Hardware(plan, read_configs(plan.model).arch)
+
+
+def rate_at(
+    share_at: Callable[[float], float], share: float = 0.9, *, first: float = 1.0, precision: float = 0.03
+) -> float:
+    """The rate at which the share of good requests falls to `share`: bisection, then linear between the last two rates.
+
+    Args:
+        share_at: rate -> share; called at each rate once.
+        first: where to begin.
+
+    Returns:
+        0 if it is below at LOWEST_RATE already.
+    """
+    rates: dict[float, float] = {}
+
+    def good(rate: float) -> bool:
+        rates[rate] = share_at(rate)
+        return rates[rate] >= share
+
+    low, high = (first, 0.0) if good(first) else (0.0, first)
+    while not high:
+        low, high = (low * 1.6, 0.0) if good(low * 1.6) else (low, low * 1.6)
+    while not low:
+        if high < LOWEST_RATE:
+            return 0.0
+        low, high = (high / 1.6, high) if good(high / 1.6) else (0.0, high / 1.6)
+    while high > low * (1 + precision):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if good(middle) else (low, middle)
+    above, below = rates[low], rates[high]
+    return low + (high - low) * (above - share) / (above - below)
+
+
+# --- what launchers share ---------------------------------------------------------------------------------------------
+
+
+def parallel[R](function: Callable[..., R], jobs: Sequence[tuple[Any, ...]], what: str, workers: int = 0) -> list[R]:
+    """`function(*job)` for each job, on all cores, with a progress bar; results in the order of the jobs.
+
+    Args:
+        workers: processes; 0: one per core, 1: none beside this one.
+    """
+    from tqdm import tqdm
+
+    workers = min(workers or os.cpu_count() or 1, len(jobs))
+    if workers <= 1:
+        return [function(*job) for job in tqdm(jobs, desc=what, leave=False)]
+    method = "fork" if sys.platform == "linux" and "jax" not in sys.modules else "spawn"
+    with ProcessPoolExecutor(workers, get_context(method)) as pool:
+        futures = [pool.submit(function, *job) for job in jobs]
+        return [future.result() for future in tqdm(futures, desc=what, leave=False)]
+
+
+def chosen_plans(flag_values: flags.FlagValues) -> list[tuple[Evaluation | None, PlanConfig]]:
+    """The plan of --config; without it the five of the paper. Either way with the --config.NAME flags over it."""
+    from ds_jax.flags import load_config
+    from ds_jax.knobs import knobs, set_knob
+
+    if flag_values["config"].value:
+        plan = load_config(PlanConfig)
+        known = (one for one in EVALUATIONS if (one.model, one.workload) == (plan.model, plan.workload.name))
+        return [(next(known, None), plan)]
+    plans = [(one, one.plan()) for one in EVALUATIONS]
+    for knob in knobs(PlanConfig):
+        flag = flag_values[f"config.{knob.name}"]
+        if flag.present:
+            plans = [(one, set_knob(plan, knob.name, flag.value)) for one, plan in plans]
+    for _, plan in plans:
+        plan.check()
+    return list(plans)
