@@ -53,7 +53,7 @@ class Shapes:
     @property
     def slot_buckets(self) -> tuple[int, ...]:
         """Sequences of a decode step: the first slots, as many as reach the last one in use."""
-        return powers(1, self.slots, 4) if self.slots >= FEWEST_BUCKETED_SLOTS else (self.slots,)
+        return powers(1, self.slots, 16) if self.slots >= FEWEST_BUCKETED_SLOTS else (self.slots,)
 
     @property
     def edit_buckets(self) -> tuple[int, ...]:
