@@ -58,6 +58,7 @@ class Flight:
             worker.decoding.batches[lane].launched(id)
         self._steps[id] = StepInFlight(step, worker, tuple(work))
         worker.in_flight[lane] += 1
+        worker.last_step[lane] = id
         return step
 
     def land(self, step: int) -> StepInFlight | None:

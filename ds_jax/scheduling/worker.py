@@ -20,6 +20,8 @@ class Worker:
         self.ledger = PageLedger(instance.pages, instance.page_size)
         self.in_flight = [0] * instance.lanes
         self.steps_per_lane = steps_per_lane
+        self.last_step = [-1] * instance.lanes
+        """The step that was last launched on each lane."""
         self.alive = True
         self.draining = False
         self.prompts = Prompts(instance, self.ledger)
@@ -51,8 +53,8 @@ class Worker:
         return self.in_flight[lane] < self.steps_per_lane
 
     def free_lane(self) -> int | None:
-        """The lane with the fewest steps in flight, if it may have another."""
-        lane = min(range(len(self.in_flight)), key=self.in_flight.__getitem__)
+        """The lane with the fewest steps in flight, if it may have another; of several, the one whose turn it is."""
+        lane = min(range(len(self.in_flight)), key=lambda lane: (self.in_flight[lane], self.last_step[lane]))
         return lane if self.in_flight[lane] < self.steps_per_lane else None
 
     def has_seats(self, count: int) -> bool:
