@@ -391,6 +391,9 @@ class StageClock:
             return
         self._copies[copy.id] = _Move(copy.sequence, life.replays, {copy.source[:2], copy.destination[:2]})
         life.copies += 1
+        if life.lane is not None:  # it is swapped out
+            life.lane.left.add(life.sequence)
+            self._part(life)
         if life.prefilled:
             self._charge(life, now_ns)
             life.stage = KV_TRANSMISSION

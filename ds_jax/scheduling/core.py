@@ -161,6 +161,11 @@ class Policy:
         """Page ledgers of the living instances, by id."""
         return {id: worker.ledger for id, worker in self.workers.items()}
 
+    @property
+    def host_ledgers(self) -> dict[int, PageLedger]:
+        """Those of their host memory."""
+        return {id: worker.host for id, worker in self.workers.items()}
+
     def handle(self, event: Event, now_ns: int) -> list[Command]:
         """Take one event in, then plan whatever it made possible."""
         self.now_ns = now_ns
@@ -205,6 +210,8 @@ class Policy:
                     self._replay_if_left(sequence)
                 self.touch(worker)
                 continue
+            while decoding.swapped and (copy := decoding.swap_in(self._flight)) is not None:
+                self._commands.append(copy)
             while self.pulls_at_once and decoding.inbox and (copy := decoding.pull(self._flight)) is not None:
                 self._commands.append(copy)
 
@@ -263,7 +270,7 @@ class Policy:
             return
         self._take_out(sequence)
         if sequence.lease is not None:
-            sequence.home.ledger.drop(sequence.lease)
+            sequence.lease.ledger.drop(sequence.lease)
             sequence.lease = None
         sequence.phase = Phase.ENDED
         if sequence.forks:  # it was to lead them through prefill: the oldest does so now
@@ -290,6 +297,10 @@ class Policy:
                 self._cancel_copy(self._flight.copy_of(sequence))
             case Phase.LANDED | Phase.RUNNING:
                 sequence.home.decoding.remove(sequence)
+            case Phase.LEAVING:
+                self._give_up_swap(sequence)
+            case Phase.SWAPPED:
+                del sequence.home.decoding.swapped[sequence.id]
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
@@ -306,15 +317,26 @@ class Policy:
         """Run prompt + confirmed output through prefill again; that samples the next token, never an old one."""
         sequence.counted = sequence.emitted
         sequence.steady = False
-        sequence.batch = sequence.lease = sequence.pinned = sequence.copy = None
+        sequence.batch = sequence.lease = sequence.pinned = sequence.copy = sequence.swap = None
         sequence.ticks = []
-        sequence.steps = sequence.sampling = 0
+        sequence.steps = sequence.sampling = sequence.prefilled = 0
         self._wait_for_prefill(sequence, replay=True)
 
     def _replay_if_left(self, sequence: Sequence) -> None:
-        """A preempted sequence replays once its last steps in flight have told their tokens."""
+        """A preempted sequence replays, or is swapped out, once its last steps in flight have told their tokens."""
         if sequence.phase is Phase.LEAVING and not sequence.in_flight:
-            self._replay(sequence)
+            if sequence.swap is not None:
+                self._commands.append(sequence.home.decoding.swap_out(sequence, self._flight))
+            else:
+                self._replay(sequence)
+
+    def _give_up_swap(self, sequence: Sequence) -> None:
+        """What is in its pages is of no use any more."""
+        if sequence.swap is not None:
+            device, host = sequence.swap
+            sequence.swap = None
+            device.ledger.unpin(device)
+            host.ledger.drop(host)
 
     def _on_step_done(self, event: StepDone) -> None:
         flight = self._flight.land(event.step)
@@ -358,6 +380,8 @@ class Policy:
             self._end(sequence.id)
         elif not kept and sequence.phase is Phase.RUNNING:
             sequence.home.evict(sequence)
+        elif not kept and sequence.phase is Phase.LEAVING:
+            self._give_up_swap(sequence)
         self._replay_if_left(sequence)
 
     # --- hand-over ----------------------------------------------------------------------------------------------------
@@ -398,6 +422,7 @@ class Policy:
         """Let the destination's pages go; if the copy is still in flight it pins both ends until it has landed."""
         worker, lease = flight.destination
         worker.decoding.forgo(lease)
+        worker.decoding.swapped.pop(flight.sequence.id, None)
         flight.sequence.copy = None
         self.touch(worker)
 
@@ -411,11 +436,17 @@ class Policy:
         if sequence.copy != copy:
             return  # the sequence ended, or lost one end, while the copy was in flight
         if ok:
-            source.ledger.drop(source_lease)
+            if source_lease.held:  # those of a sequence that is swapped out were given up before
+                source_lease.ledger.drop(source_lease)
             destination.decoding.receive(sequence, lease)
         else:
             self._cancel_copy(flight)
-            self._hand_over(sequence)
+            if sequence.lease is None:
+                self._replay(sequence)
+            elif sequence.lease.ledger is source.host:
+                source.decoding.return_to_host(sequence)
+            else:
+                self._hand_over(sequence)
 
     # --- instances come and go ----------------------------------------------------------------------------------------
 
@@ -427,7 +458,9 @@ class Policy:
             self._on_instance_lost(instance.id, old.instance.epoch)
         self._known[instance.id] = instance
         options = self.options
-        self.workers[instance.id] = worker = Worker(instance, options.pull_watermark, options.steps_per_lane)
+        self.workers[instance.id] = worker = Worker(
+            instance, options.pull_watermark, options.steps_per_lane, options.preemption == "swap"
+        )
         self.touch(worker)
         for sequence in _by_age(self.waiting.values()):
             if why := self._cannot_ever_run(sequence):

@@ -26,6 +26,8 @@ class Decoding:
         self.inbox_pages = 0
         self.siblings: dict[int, Sequence] = {}
         """Prefilled here beside others of their request: each needs a last page of its own before it can decode."""
+        self.swapped: dict[int, Sequence] = {}
+        """Preempted, their pages in host memory or on their way there, FIFO."""
         self.landed: dict[int, Sequence] = {}
         """Their pages are here; they wait for a slot, FIFO."""
         self.waiting_pages = 0
@@ -67,7 +69,7 @@ class Decoding:
         pages of the prompt that a sequence of the same request has here already are shared, not pulled again.
         """
         sequence = next(iter(self.inbox.values()), None)
-        if sequence is None or (self.waiting_pages and self.waiting_pages >= self._pull_limit):
+        if sequence is None or self.swapped or (self.waiting_pages and self.waiting_pages >= self._pull_limit):
             return None
         relatives = [relative for relative in sequence.family if relative is not sequence]
         if any(relative.copy is not None and self._receives(relative, flight) for relative in relatives):
@@ -112,7 +114,8 @@ class Decoding:
     def _begin_copy(self, sequence: Sequence, shared: list[int], flight: Flight) -> Copy:
         lease = self._ledger.take(sequence.tokens - 1, shared)
         self.waiting_pages += len(lease.pages)
-        copy = flight.launch_copy(sequence, sequence.home, self._worker, lease, len(shared))
+        assert sequence.lease is not None
+        copy = flight.launch_copy(sequence, (sequence.home, sequence.lease), (self._worker, lease), len(shared))
         sequence.phase = Phase.COPYING
         return copy
 
@@ -143,14 +146,48 @@ class Decoding:
 
     def receive(self, sequence: Sequence, lease: Lease) -> None:
         """The copy of its pages into this lease has landed."""
-        self.waiting_pages -= len(lease.pages)
         sequence.lease, sequence.copy = lease, None
-        self.land(sequence)
+        if lease.ledger is self._ledger:
+            self.waiting_pages -= len(lease.pages)
+            self.land(sequence)
+        else:
+            sequence.phase = Phase.SWAPPED
 
     def forgo(self, lease: Lease) -> None:
         """The pages reserved for a sequence on its way here are not wanted any more."""
-        self.waiting_pages -= len(lease.pages)
-        self._ledger.drop(lease)
+        if lease.ledger is self._ledger:
+            self.waiting_pages -= len(lease.pages)
+        lease.ledger.drop(lease)
+
+    # --- swap ---------------------------------------------------------------------------------------------------------
+
+    def swap_out(self, sequence: Sequence, flight: Flight) -> Copy:
+        """Its last steps are done: move what is in its pages to host memory."""
+        assert sequence.swap is not None
+        device, host = sequence.swap
+        copy = flight.launch_copy(sequence, (self._worker, device), (self._worker, host))
+        self._ledger.unpin(device)
+        sequence.swap = None
+        sequence.phase = Phase.COPYING
+        self.swapped[sequence.id] = sequence
+        return copy
+
+    def swap_in(self, flight: Flight) -> Copy | None:
+        """Bring the first that was swapped out back, if its pages are free: before any pull, and before any prompt."""
+        sequence = next(iter(self.swapped.values()), None)
+        if sequence is None or sequence.phase is not Phase.SWAPPED or not self._ledger.can_take(sequence.tokens):
+            return None
+        del self.swapped[sequence.id]
+        return self._begin_copy(sequence, [], flight)
+
+    def return_to_host(self, sequence: Sequence) -> None:
+        """Its pages are in host memory; it is the first to come back if the copy that failed was to bring it."""
+        sequence.phase = Phase.SWAPPED
+        if sequence.id not in self.swapped:
+            others = dict(self.swapped)
+            self.swapped.clear()
+            self.swapped[sequence.id] = sequence
+            self.swapped.update(others)
 
     # --- slots --------------------------------------------------------------------------------------------------------
 

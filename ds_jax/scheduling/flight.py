@@ -72,17 +72,17 @@ class Flight:
         return flight
 
     def launch_copy(
-        self, sequence: Sequence, source: Worker, destination: Worker, lease: Lease, shared: int = 0
+        self, sequence: Sequence, source: tuple[Worker, Lease], destination: tuple[Worker, Lease], shared: int = 0
     ) -> Copy:
-        """Move the pages of the sequence's lease into `lease` at the destination; the first `shared` are there."""
-        assert sequence.lease is not None
-        pages = tuple(zip(sequence.lease.pages, lease.pages, strict=True))[shared:]
-        held = tuple(lease.pages[:shared])
-        copy = Copy(self._next_copy, sequence.id, source.place, destination.place, pages, shared=held)
+        """Move the first pages of one lease, as many as the other has, into that; the first `shared` are there."""
+        (here, old), (there, new) = source, destination
+        pages = tuple(zip(old.pages[: len(new.pages)], new.pages, strict=True))[shared:]
+        held = tuple(new.pages[:shared])
+        copy = Copy(self._next_copy, sequence.id, here.place_of(old), there.place_of(new), pages, shared=held)
         self._next_copy += 1
-        flight = CopyInFlight(copy, sequence, (source, sequence.lease), (destination, lease))
-        for worker, end in (flight.source, flight.destination):
-            worker.ledger.pin(end)
+        flight = CopyInFlight(copy, sequence, source, destination)
+        for end in (old, new):
+            end.ledger.pin(end)
         self._copies[copy.id] = flight
         sequence.copy = copy.id
         return copy
@@ -91,8 +91,8 @@ class Flight:
         """Unpin both ends; None if the copy is unknown or both its ends have died."""
         flight = self._copies.pop(copy, None)
         if flight is not None:
-            for worker, lease in (flight.source, flight.destination):
-                worker.ledger.unpin(lease)
+            for _, lease in (flight.source, flight.destination):
+                lease.ledger.unpin(lease)
         return flight
 
     def moves(self, copy: int) -> bool:

@@ -20,10 +20,11 @@ from ds_jax.protocol import pages_for
 class Lease:
     """One sequence's pages on one instance, in order of position."""
 
-    __slots__ = ("held", "leaving", "pages", "pins")
+    __slots__ = ("held", "leaving", "ledger", "pages", "pins")
 
-    def __init__(self, pages: list[int]):
+    def __init__(self, pages: list[int], ledger: PageLedger):
         self.pages = pages
+        self.ledger = ledger
         self.leaving = 0
         """Pages that come free with it, once it is dropped and only pinned."""
         self.held = True
@@ -67,7 +68,7 @@ class PageLedger:
         """Lease the pages for `tokens` tokens, the first of them `shared` with a living lease; `can_take` must hold."""
         for page in shared:
             self._shares[page] = self._shares.get(page, 0) + 1
-        lease = Lease([*shared, *self._pop(pages_for(tokens, self.page_size) - len(shared))])
+        lease = Lease([*shared, *self._pop(pages_for(tokens, self.page_size) - len(shared))], self)
         self._leases.add(lease)
         return lease
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain, islice
 
 from ds_jax.protocol import Instance, Prefill
@@ -17,8 +17,10 @@ class Prompts:
     A policy asks `head` and `can_start`, acts with `start`, and then takes `chunk` after `chunk`.
     """
 
-    def __init__(self, instance: Instance, ledger: PageLedger):
+    def __init__(self, instance: Instance, ledger: PageLedger, swapped: Mapping[int, Sequence]):
         self.instance = instance
+        self._swapped = swapped
+        """Those come back before any prompt starts (vLLM, and DistServe's decode rule)."""
         self.replays: list[Sequence] = []
         """Preempted and orphaned sequences, oldest first: they run ahead of new arrivals."""
         self.queue: dict[int, Sequence] = {}
@@ -65,7 +67,7 @@ class Prompts:
 
     def can_start(self, sequence: Sequence, spare: int = 0) -> bool:
         """Whether pages for its whole prompt are free, and `spare` more."""
-        return self._ledger.can_take(sequence.tokens + spare * self._ledger.page_size)
+        return not self._swapped and self._ledger.can_take(sequence.tokens + spare * self._ledger.page_size)
 
     # --- running ------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@
        │             │           │   failed             │          │ preempted
        │   instance  │           └── stays where it is ─┘          ▼
        └── lost ─────┴────────────────────────────────────────── LEAVING
-                          replays when its last steps in flight are done
+            replays when its last steps in flight are done; or swapped: COPYING ──▶ SWAPPED ──▶ COPYING ──▶ LANDED
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Phase(enum.Enum):
     RUNNING = enum.auto()
     """Has a slot in a running batch."""
     LEAVING = enum.auto()
-    """Preempted: gave its pages up; replays as soon as its steps in flight are done."""
+    """Preempted: gave its pages up; replays, or is swapped out, as soon as its steps in flight are done."""
+    SWAPPED = enum.auto()
+    """Preempted, its pages are in host memory: it waits for pages on the device to come back to."""
     ENDED = enum.auto()
     """Finished, stopped or rejected; only steps and copies in flight may still know it."""
 
@@ -71,6 +73,7 @@ class Sequence:
         "slot",
         "steady",
         "steps",
+        "swap",
         "ticks",
     )
 
@@ -88,6 +91,8 @@ class Sequence:
         self.lease: Lease | None = None
         self.copy: int | None = None
         """Copy in flight."""
+        self.swap: tuple[Lease, Lease] | None = None
+        """While LEAVING for host memory: the pages on the device, given up but pinned, and those on the host."""
         self.forks: list[Sequence] = []
         """Sequences that follow this one: n > 1 outputs share the prefill of their prompt."""
         self.family: list[Sequence] = [self]

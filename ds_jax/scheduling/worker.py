@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from itertools import chain
 
-from ds_jax.protocol import Decodes, Instance, Place, Role
+from ds_jax.protocol import Decodes, Instance, Medium, Place, Role
 from ds_jax.scheduling.decode import Decoding
 from ds_jax.scheduling.flight import STEPS_PER_LANE
-from ds_jax.scheduling.ledger import PageLedger
+from ds_jax.scheduling.ledger import Lease, PageLedger
 from ds_jax.scheduling.prefill import Prompts
 from ds_jax.scheduling.sequence import Phase, Sequence
 
@@ -15,7 +15,13 @@ from ds_jax.scheduling.sequence import Phase, Sequence
 class Worker:
     """What a policy plans for. Every worker has both sides; which of them it uses is the policy's to say."""
 
-    def __init__(self, instance: Instance, pull_watermark: float = 1.0, steps_per_lane: int = STEPS_PER_LANE):
+    def __init__(
+        self,
+        instance: Instance,
+        pull_watermark: float = 1.0,
+        steps_per_lane: int = STEPS_PER_LANE,
+        swaps: bool = False,
+    ):
         self.instance = instance
         self.ledger = PageLedger(instance.pages, instance.page_size)
         self.in_flight = [0] * instance.lanes
@@ -24,14 +30,18 @@ class Worker:
         """The step that was last launched on each lane."""
         self.alive = True
         self.draining = False
-        self.prompts = Prompts(instance, self.ledger)
+        self.host = PageLedger(instance.host_pages, instance.page_size)
+        """Pages in host memory, of sequences that are swapped out."""
         self.decoding = Decoding(self, pull_watermark)
+        self.prompts = Prompts(instance, self.ledger, self.decoding.swapped)
+        self.swaps = swaps
         self.preempted: list[Sequence] = []
         """Preempted since the policy last looked; they replay when nothing of them is in flight."""
 
-    @property
-    def place(self) -> Place:
-        return Place(self.instance.id, self.instance.epoch)
+    def place_of(self, lease: Lease) -> Place:
+        """The end of a copy that these pages of the worker are."""
+        medium = Medium.HOST if lease.ledger is self.host else Medium.DEVICE
+        return Place(self.instance.id, self.instance.epoch, medium)
 
     @property
     def prefills(self) -> bool:
@@ -84,15 +94,23 @@ class Worker:
             if len(members) == 1:
                 return False  # the rest of the pool is in flight, and can be preempted once it has landed
             victim = max(members, key=lambda member: member.order)
-            self.evict(victim)
+            self.evict(victim, swap=self.swaps)
             self.preempted.append(victim)
             if victim is sequence:
                 return False
         return True
 
-    def evict(self, sequence: Sequence) -> None:
-        """Take a sequence out of what it does here and drop its pages; steps in flight still pin them."""
+    def evict(self, sequence: Sequence, swap: bool = False) -> None:
+        """Take a sequence out of what it does here and drop its pages; steps in flight still pin them.
+
+        Args:
+            swap: keep what is in the pages for host memory, if that has room: they stay pinned until they are copied.
+        """
         assert sequence.lease is not None
+        tokens = sequence.tokens + sequence.planned - 1
+        if swap and sequence.phase in (Phase.RUNNING, Phase.LANDED) and self.host.can_take(tokens):
+            self.ledger.pin(sequence.lease)
+            sequence.swap = sequence.lease, self.host.take(tokens)
         if sequence.phase is Phase.PREFILLING:
             self.prompts.abandon(sequence)
         else:

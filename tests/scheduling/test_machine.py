@@ -19,3 +19,7 @@ TestColocated = conformance(Colocated, roles=(Role.MIXED,))
 TestSarathi = conformance(_chunked("sarathi"), roles=(Role.MIXED,), max_examples=60)
 TestSplitFuse = conformance(_chunked("splitfuse"), roles=(Role.MIXED,), max_examples=60)
 TestVllmV1 = conformance(_chunked("vllm_v1"), roles=(Role.MIXED,), max_examples=60)
+TestSwap = conformance(lambda: Disaggregated(SchedulerConfig(preemption="swap")), max_examples=60)
+TestColocatedSwap = conformance(
+    lambda: Colocated(SchedulerConfig(preemption="swap")), roles=(Role.MIXED,), max_examples=60
+)
