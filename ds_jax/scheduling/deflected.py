@@ -43,7 +43,8 @@ class Deflected(SlackPolicy):
         super().__init__(*arguments, **options)
         self._line = Line(self.most_overtaking)
         self._held: list[Sequence] = []
-        """Finished prefills that are not pulled yet, so that their pages go to a prompt overtaken too often."""
+        """Finished prefills that are not pulled yet, so that the pages go to a prompt overtaken too often:"""
+        self._held_for: Sequence | None = None
 
     # --- the line -----------------------------------------------------------------------------------------------------
 
@@ -56,7 +57,7 @@ class Deflected(SlackPolicy):
 
     def dispatch(self) -> None:
         """The line is offered to all who have room, the soonest free first; those who cannot be in time give way."""
-        if self._held and self._line.forced() is None:
+        if self._held and self._line.forced() is not self._held_for:
             self._release()
         if not self._line:
             return
@@ -94,6 +95,7 @@ class Deflected(SlackPolicy):
             workers = [worker for worker in workers if worker not in self._able(forced)]
             if not workers:
                 self._held.append(sequence)
+                self._held_for = forced
         return place_with_fewest_tokens(sequence, workers)
 
     def _release(self) -> None:
@@ -188,8 +190,8 @@ class Deflected(SlackPolicy):
         return deadline_ns, sequence.order
 
     def _fits(self, worker: Worker, sequence: Sequence) -> bool:
-        """Whether the worker may start it now: it is able to, and has the pages."""
-        if not worker.prompts.can_start(sequence) or worker not in self._able(sequence):
+        """Whether the worker may start it now: it is able to, and has pages beside those promised to hand-overs."""
+        if not worker.prompts.can_start(sequence, spare=worker.decoding.inbox_pages) or worker not in self._able(sequence):
             return False
         return not worker.decodes or not worker.decoding.count or self.below_watermark(worker, sequence.tokens)
 
