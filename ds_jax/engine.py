@@ -85,7 +85,7 @@ class Engine:
     def __init__(self, config: Config, listener: Listener, *, devices: Any = None, progress: bool = True):
         config.check()
         self.config = config
-        self.scheduler = create_scheduler(config.policy, config.scheduler, _predictor(config))
+        self.scheduler = create_scheduler(config.policy, config.scheduler, step_times(config))
         self.recorder = Recorder(config.engine.log_capacity)
         self._ask = self.recorder.wrap(self.scheduler).handle
         self.executor = InProcessExecutor(config, devices=devices)
@@ -413,7 +413,7 @@ class Engine:
             self._fail(f"instance {instance} stays lost: {why}")
 
 
-def _predictor(config: Config) -> latency.Predictor | None:
+def step_times(config: Config) -> latency.Predictor | None:
     """Step times of every instance by `scheduler.latency_profile`; None without one.
 
     Raises:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from ds_jax import latency
-from ds_jax.config import CacheConfig, Config, DecodeConfig, ModelConfig, PrefillConfig
+from ds_jax.config import CacheConfig, Config, DecodeConfig, ModelConfig, PrefillConfig, SchedulerConfig
+from ds_jax.engine import step_times
 from ds_jax.protocol import Instance, Request, Role
 from ds_jax.runtime.measure import Work, decode_grid, mixed_grid, prefill_grid, spread
 from ds_jax.scheduling import create_scheduler
@@ -91,3 +92,17 @@ def test_work_that_an_instance_cannot_hold_is_left_out() -> None:
     for work in (Work(((0, 40),)), Work(contexts=(8,) * 9), Work(((0, 6),) * 5), Work(contexts=(90,))):
         assert not work.fits(mixed, longest=100)
     assert Work(((0, 16), (16, 16)), (20,) * 8).fits(mixed, longest=100)
+
+
+def test_schedulers_are_given_the_step_times_of_a_profile_by_each_instances_parallelism(tmp_path: Path) -> None:
+    fits = {tp: latency.StepFit(tp, (0.004 / tp, 1e-4, 0.0), (0.006 / tp, 0.0, 0.0)) for tp in (1, 2)}
+    latency.LatencyProfile("cpu", "tiny", "float32", fits).save(tmp_path / "profile.json")
+    options = SchedulerConfig(latency_profile=str(tmp_path / "profile.json"))
+    predictor = step_times(Config(prefill=PrefillConfig(tp=2), decode=DecodeConfig(instances=2), scheduler=options))
+    assert predictor is not None
+    for instance, tp in ((0, 2), (1, 1), (2, 1)):
+        found = predictor(Instance(instance, Role.MIXED, 0, 8, 8))
+        assert found is not None and found.step_s((), 1, 5) == 0.006 / tp
+    assert step_times(Config()) is None
+    with pytest.raises(ValueError, match="tp = 4 is not in the latency profile of tiny on cpu: it has 1, 2"):
+        step_times(Config(prefill=PrefillConfig(tp=4), scheduler=options))
