@@ -3,9 +3,9 @@
 python -m experiments.bench_scheduler --output_dir=out/scheduler
 
 Every policy gets the instances that it needs and so many requests that all of them decode at once; whatever it commands
-succeeds after a virtual step time. Only the processor time inside the scheduler is measured: first while the requests come in and
-their prompts run (`filling`), then while all decode and now and then one ends and another comes (`running`).
-OUTPUT_DIR gets summary.json and a figure.
+succeeds after a virtual step time. Only the processor time inside the scheduler is measured: first while the requests
+come in and their prompts run (`filling`), then while all decode, and now and then one ends and another comes
+(`steady`). OUTPUT_DIR gets summary.json and a figure.
 """
 
 from __future__ import annotations
@@ -147,7 +147,8 @@ class Drive:
         for work in step.decodes:
             if work.sequence not in self._over:
                 self.decoding[work.sequence] = self.decoding.get(work.sequence, 0) + 1
-        sampled = [work.sequence for work in (*step.decodes, *step.prefills) if getattr(work, "samples", True)]
+        sampled = [work.sequence for work in step.decodes]
+        sampled += [work.sequence for work in step.prefills if work.samples]
         self.spent.tokens += len(sampled)
         return dict.fromkeys((id for id in sampled if id not in self._over), 1)
 

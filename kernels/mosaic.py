@@ -18,6 +18,8 @@ HOPPER = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platfo
 """Stands for the chip where there is none, so that a kernel can be lowered or interpreted."""
 
 
+CORES = {"H20": 78, "H100 PCIe": 114}
+"""Multiprocessors of chips that have fewer than the 132 of an H100 or H200 SXM."""
 HEAD_DIMS = (64, 80, 96, 128, 256)
 PAGE_SIZES = (16, 32, 64, 128)
 
@@ -28,6 +30,11 @@ def hopper_only() -> str | None:
     if name != "gpu" or not any(chip in kind for chip in ("H100", "H200", "H800", "H20", "GH200")):
         return f"it is for NVIDIA Hopper, and this is {kind}"
     return None
+
+
+def cores_of(device_kind: str) -> int:
+    """Multiprocessors of a chip."""
+    return next((cores for name, cores in CORES.items() if device_kind.endswith(name)), 132)
 
 
 def cannot_read(q: jax.Array, pages: jax.Array, scales: jax.Array | None) -> str | None:

@@ -22,8 +22,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.mosaic import SHARED_MEMORY_BYTES, add_product, cannot_read, hopper_only, swizzled
+from kernels.backends import platform
+from kernels.mosaic import SHARED_MEMORY_BYTES, add_product, cannot_read, cores_of, hopper_only, swizzled
 from kernels.paged_decode_attention.schedule import Schedule, plan
+from kernels.tuning import chosen
 
 BLOCK = 64
 """Tokens of a step: the rows that one wgmma takes."""
@@ -77,7 +79,9 @@ def attend(
     interpret: Any = False,
 ) -> jax.Array:
     """See the package; `refusal` says what it cannot do."""
-    tuning = tuning or Tuning()
+    if tuning is None:
+        kind = platform()[1]
+        tuning = Tuning(cores=cores_of(kind), **chosen("decode", kind, q.shape[2], k_pages.shape[2]))
     batch, heads, head_dim = q.shape
     kv_heads = k_pages.shape[1]
     group = heads // kv_heads

@@ -20,8 +20,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels.backends import platform
 from kernels.mosaic import SHARED_MEMORY_BYTES, add_product, cannot_read, hopper_only, swizzled
 from kernels.paged_prefill_attention.tiles import COLUMNS, aligned, tiles_of
+from kernels.tuning import chosen
 
 ROWS = 64
 """Queries of one consumer."""
@@ -84,7 +86,8 @@ def attend(
     _, heads, head_dim = q.shape
     pool, kv_heads, size, _ = k_pages.shape
     group, dtype, width = heads // kv_heads, q.dtype, page_table.shape[1]
-    block, stages = (tuning or Tuning()).of(head_dim)
+    tuning = tuning or Tuning(**chosen("prefill", platform()[1], head_dim, size))
+    block, stages = tuning.of(head_dim)
     per_block = max(1, block // size)  # pages of a block, or
     per_page = max(1, size // block)  # blocks of a page
     spread = aligned(starts, lengths, len(q), ALIGNMENT)
