@@ -32,7 +32,7 @@ from ds_jax.scheduling import POLICIES, create_scheduler
 from ds_jax.simulation import Contract, RecordedDurations, recorded_workload, simulate, steps_of
 
 PAGE, PAGES, LONGEST = 8, 20, 128
-PREEMPTIONS = ("recompute",)
+PREEMPTIONS = ("recompute", "swap")
 STEP: dict[str, Any] = {"max_step_tokens": 64, "max_step_sequences": 4, "saturation_tokens": 32, "token_buckets": (64,)}
 
 
