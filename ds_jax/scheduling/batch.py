@@ -92,15 +92,16 @@ class RunningBatch:
             return Decodes()
         if grown:
             members = self._members
-            fresh = []
+            fresh, plain = [], []
             for id, pages in grown.items():
                 if id in members:  # not preempted after it grew
+                    plain.append(members[id])
                     members[id] = entry = Decode(id, members[id][1], pages)
                     fresh.append(entry)
             decodes = Decodes(members.values())
             decodes.grown = tuple(fresh)
-            for id, slot, _ in fresh:
-                members[id] = Decode(id, slot)
+            for entry in plain:
+                members[entry[0]] = entry
         elif self._joined or self._parted or self._last.grown:
             decodes = Decodes(self._members.values())
             decodes.grown = ()

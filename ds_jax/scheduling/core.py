@@ -38,7 +38,6 @@ from ds_jax.protocol import (
     StepDone,
     Stopped,
     Timer,
-    pages_for,
 )
 from ds_jax.scheduling.flight import CopyInFlight, Flight
 from ds_jax.scheduling.ledger import PageLedger
@@ -243,6 +242,8 @@ class Policy:
     def _cannot_ever_run(self, sequence: Sequence) -> str | None:
         """A sequence must fit whole into a pool that prefills (it may be replayed) and into one that decodes."""
         for prefill, without in ((True, Role.DECODE), (False, Role.PREFILL)):
+            if any(i.role is not without and _fits(sequence, i, prefill) for i in self._known.values()):
+                continue
             pools = [instance for instance in self._known.values() if instance.role is not without]
             if pools and not any(_holds(sequence, instance) for instance in pools):
                 largest = max(instance.pages * instance.page_size for instance in pools)
@@ -251,7 +252,7 @@ class Policy:
                     f"prompt and max_tokens ask for KV pages of {sequence.most_tokens} tokens; "
                     f"the largest {roles} pool holds {largest}"
                 )
-            if pools and not any(_fits(sequence, instance, prefill) for instance in pools):
+            if pools:
                 rows = max(instance.max_step_sequences for instance in pools if _holds(sequence, instance))
                 return f"n = {sequence.request.n} must be at most {rows}, the prompts that one prefill step holds"
         return None
@@ -517,7 +518,7 @@ class Policy:
 
 
 def _holds(sequence: Sequence, instance: Instance) -> bool:
-    return pages_for(sequence.most_tokens, instance.page_size) <= instance.pages
+    return sequence.most_tokens <= instance.pages * instance.page_size
 
 
 def _fits(sequence: Sequence, instance: Instance, prefill: bool) -> bool:
