@@ -5,11 +5,21 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from kernels.kv_write.definition import turned
+
 
 def write(
-    k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    slots: jax.Array,
+    cosine: jax.Array | None = None,
+    sine: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See the package."""
+    """See the package. XLA fuses the turning of the keys into the scatter's operands."""
+    if cosine is not None and sine is not None:
+        k = turned(k, cosine, sine)
     count, _, size, _ = k_pages.shape
     page = jnp.where(slots < 0, count, slots // size)  # A negative index would count from the end.
     offset = slots % size

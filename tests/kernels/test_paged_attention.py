@@ -237,6 +237,25 @@ def test_a_write_changes_the_slots_it_names_and_no_other(form, slots):
         np.testing.assert_array_equal(written, expected)
 
 
+@pytest.mark.parametrize("form", ["definition", *WRITE_FORMS])
+def test_keys_are_turned_to_their_positions_while_they_are_written(form: str):
+    """Dimensions i and i + D/2 are the real and imaginary part of a number, multiplied by e to the i angle."""
+    k_pages, v_pages = random_pool(0, 2, 8)
+    random = np.random.default_rng(1)
+    k, v = random.normal(size=(2, 5, 2, 8)).astype(np.float32)
+    angles = random.normal(size=(5, 4))
+    slots = np.array([3, -1, 17, 40, 8])
+    cosine, sine = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    out_k, out_v = kv_write.write(k_pages, v_pages, k, v, slots, cosine, sine, backend=form)
+    numbers = (k[..., :4] + 1j * k[..., 4:]) * np.exp(1j * angles)[:, None]
+    turned = np.concatenate([numbers.real, numbers.imag], -1)
+    for row, slot in enumerate(slots):
+        if slot >= 0:
+            np.testing.assert_allclose(out_k[slot // PAGE, :, slot % PAGE], turned[row], atol=1e-6)
+            np.testing.assert_array_equal(out_v[slot // PAGE, :, slot % PAGE], v[row])
+    assert np.sum(np.asarray(out_k) != k_pages) <= 4 * 2 * 8
+
+
 def test_an_unknown_backend_is_refused():
     k_pages, v_pages = random_pool(0, 2, 8)
     with pytest.raises(ValueError, match="backend = 'cuda' must be auto or one of mosaic, xla, definition"):
