@@ -21,7 +21,7 @@ class ClusterConfig:
     gpus_per_node: int = 8
     """GPUs in each, joined by the fast links."""
     gpu: str = "a100-80g"
-    """Kind of the GPUs: a name of ds_jax/latency/gpus.py."""
+    """Kind of the GPUs: a name of ds_jax/latency/gpus.py; own: the devices that `profile` was measured on."""
     decode_gpu: str = ""
     """Kind of the GPUs of decode instances, where it is another; these are nodes of their own. Empty: the same."""
     network_gbits: float = 25.0

@@ -1,7 +1,6 @@
 """A workload whose mix shifts, with a placement that follows it and with one that stays.
 
-python -m experiments.replanning --config=configs/plan_opt_13b_a100.py --config.cluster.gpus_per_node=8 \
-    --output_dir=out/replanning
+python -m experiments.replanning --config=configs/plan_opt_13b_shifting.py --output_dir=out/replanning
 
 The trace has four stretches: the first, the same at another rate, other lengths, and back. Both runs begin with the
 placement that is best for the first. OUTPUT_DIR gets summary.json, config.json and a figure of attainment over time.
@@ -18,10 +17,10 @@ from absl import flags
 from ds_jax.flags import define_config, load_config, run
 from ds_jax.plan import PlanConfig
 
-define_config(PlanConfig, default_file="configs/plan_opt_13b_a100.py")
+define_config(PlanConfig, default_file="configs/plan_opt_13b_shifting.py")
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for the results.", required=True)
 _LOAD = flags.DEFINE_float("load", 0.75, "Rate of a stretch as a share of what its best placement serves.", 0.05, 2.0)
-_STRETCH_S = flags.DEFINE_float("stretch_s", 400.0, "Length of each stretch in seconds.", lower_bound=10.0)
+_STRETCH_S = flags.DEFINE_float("stretch_s", 300.0, "Length of each stretch in seconds.", lower_bound=10.0)
 _WORKLOADS = flags.DEFINE_list("workloads", ["sharegpt", "longbench"], "Lengths before, and after they shift.")
 _SEEDS = flags.DEFINE_integer("seeds", 100, "Stationary traces to watch for false alarms.", lower_bound=0)
 _FIRST_REQUESTS = 600
@@ -33,19 +32,17 @@ def main(argv: list[str]) -> None:
     plan = load_config(PlanConfig)
     before, after = _two(_WORKLOADS.value)
 
-    from dataclasses import replace
-
     from tqdm import tqdm
 
     from ds_jax.placement.replanning import Replanner
     from ds_jax.scheduling import create_scheduler
     from ds_jax.simulation import simulate
+    from ds_jax.workload.monitor import Shift
     from experiments.output import Output, table
     from models.folder import read_configs
 
     output = Output(_OUTPUT_DIR.value)
     output.config(plan)
-    plan = replace(plan, search=replace(plan.search, precision=max(plan.search.precision, 0.05)))
     replanner = Replanner(plan, read_configs(plan.model).arch)
     with tqdm(total=5 + _SEEDS.value, leave=False) as bar:
         bar.set_description("planning for the first stretch")
@@ -55,12 +52,13 @@ def main(argv: list[str]) -> None:
         bar.set_description("planning for the other lengths")
         fleets[after] = replanner.fleet(sample[after])
         bar.update()
-        low = {name: _served(replanner, fleets[name], name) for name in (before, after)}
-        rates = [0.6 * low[before], low[before], low[after], 0.6 * low[before]]
+        served = {name: _served(replanner, fleets[name], name) for name in (before, after)}
+        rates = [0.6 * served[before], served[before], served[after], 0.6 * served[before]]
         names = [before, before, after, before]
         trace, starts_s = _trace(plan, names, [_LOAD.value * rate for rate in rates])
         bar.set_description("following the trace")
-        changes = replanner.follow(trace, fleets[before])
+        shifts: list[Shift] = []
+        changes = replanner.follow(trace, fleets[before], on_shift=shifts.append)
         bar.update()
         runs = {}
         for label, made in (("fixed", []), ("replanned", changes)):
@@ -80,6 +78,7 @@ def main(argv: list[str]) -> None:
     for index, name in enumerate(names):
         begin, end = starts_s[index], (starts_s[index + 1] if index + 1 < len(names) else float("inf"))
         of = {label: [ok for at_s, ok in pairs if begin <= at_s < end] for label, pairs in inside.items()}
+        told = [one for one in shifts if begin <= one.at_ns / 1e9 < end]
         seen = [one for one in changes if begin <= one.shift.at_ns / 1e9 < end]
         stretches.append(
             {
@@ -88,10 +87,11 @@ def main(argv: list[str]) -> None:
                 "start_s": begin,
                 "attainment_fixed": _share(of["fixed"]),
                 "attainment_replanned": _share(of["replanned"]),
-                "replanned": [_told(one, begin) for one in seen],
+                "shifts": [{"seen_after_s": one.at_ns / 1e9 - begin, "what": list(one.what)} for one in told],
+                "changes": [_told(one, begin) for one in seen],
             }
         )
-        delay = f"{seen[0].shift.at_ns / 1e9 - begin:.0f} s" if seen else "-"
+        delay = f"{told[0].at_ns / 1e9 - begin:.0f} s" if told else "-"
         fleet = " + ".join(map(str, seen[-1].after)) if seen else "as it was"
         rows.append(
             [f"{name}, {_LOAD.value * rates[index]:.3g}/s", *(_share(of[label]) for label in runs), delay, fleet]
@@ -146,7 +146,8 @@ def _served(replanner: Any, fleet: Any, name: str) -> float:
     from ds_jax.placement.search import Candidate, PlacementSearch
 
     plan = replace(replanner.plan, workload=replace(replanner.plan.workload, name=name))
-    plan = replace(plan, search=replace(plan.search, requests=500))
+    # Long enough to see a queue grow on a whole cluster, which serves many requests at a time.
+    plan = replace(plan, search=replace(plan.search, requests=2500))
     unit = Unit(fleet)
     with PlacementSearch(plan, replanner.arch) as search:
         (judged,) = search.judge([Candidate(unit, "disaggregated")], name)

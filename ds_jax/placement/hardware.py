@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ds_jax.architecture import Architecture
 from ds_jax.config import SchedulerConfig
-from ds_jax.latency import LatencyProfile, StepTime, fewest_gpus, gpu, kv_tokens, load, roofline
+from ds_jax.latency import Gpu, LatencyProfile, StepTime, fewest_gpus, gpu, kv_tokens, load, roofline
 from ds_jax.placement.layouts import Group, Unit
 from ds_jax.plan import PlanConfig
 from ds_jax.protocol import Instance, Role, Scheduler
@@ -23,6 +24,8 @@ SLOTS = 256
 """Sequences that one lane decodes in a step: DistServe's and vLLM's default."""
 MAX_STEP_TOKENS = 2048
 MAX_STEP_SEQUENCES = 64
+OWN = "own"
+"""Kind of GPU: the devices that the plan's profile was measured on."""
 _ENDLESS = 10**6
 
 
@@ -44,10 +47,17 @@ class Hardware:
         self.plan = plan
         self.arch = arch
         names = dict.fromkeys(Role, plan.cluster.gpu) | {Role.DECODE: plan.cluster.decode_gpu or plan.cluster.gpu}
-        self.gpus = {role: gpu(name) for role, name in names.items()}
+        self.gpus = {role: self._own() if name == OWN else gpu(name) for role, name in names.items()}
         self.public = self._public_systems() if plan.search.rule == "published" else {}
         """By policy, the public system whose rules and overheads hold, where the published figures are reproduced."""
         self._profiles = {role: self._profile(role) for role in Role}
+
+    def _own(self) -> Gpu:
+        """The devices of the profile, of which only what it says is known: no memory beyond its capacities."""
+        if not self.plan.profile:
+            raise ValueError(f"cluster.gpu = {OWN} needs profile, the latency profile of those devices")
+        profile = load(self.plan.profile)
+        return Gpu(OWN, 0.0, 0.0, 0.0, 2 * profile.copy_bytes_per_s, profile.host_bytes_per_s)
 
     def _public_systems(self) -> dict[str, PublicSystem]:
         """DistServe's code and the vLLM of its time, where their step times are known for this model and GPU."""
@@ -104,9 +114,10 @@ class Hardware:
         known = self._profiles[group.role].kv_tokens.get(f"{tp},{pp}")
         return kv_tokens(self.arch, self.gpus[group.role], self.plan.dtype, tp, pp) if known is None else known
 
-    def fewest_gpus(self, group: Group, tokens: int) -> int:
-        """GPUs from which on an instance of this role holds the weights and this many tokens."""
-        return fewest_gpus(self.arch, self.gpus[group.role], self.plan.dtype, tokens)
+    def fewest_gpus(self, group: Group, tokens: int) -> float:
+        """GPUs from which on an instance of this role holds the weights and this many tokens; inf: it is not known."""
+        kind = self.gpus[group.role]
+        return fewest_gpus(self.arch, kind, self.plan.dtype, tokens) if kind.memory_bytes else math.inf
 
     # --- one unit -----------------------------------------------------------------------------------------------------
 
@@ -148,7 +159,9 @@ class Hardware:
     def _instance(self, id: int, group: Group, public: PublicSystem | None) -> Instance:
         profile = self._profiles[group.role]
         if public is not None:
-            return public.instance(id, group.role, self.kv_tokens(group), group.shape.pp)
+            known = profile.kv_tokens | {f"{group.shape.tp},{group.shape.pp}": self.kv_tokens(group)}
+            whole = dataclasses.replace(profile, kv_tokens=known)
+            return public.instance(id, group.role, whole, self.arch.hidden_size, group.shape.tp, group.shape.pp)
         prefills, decodes = group.role is not Role.DECODE, group.role is not Role.PREFILL
         return Instance(
             id,
