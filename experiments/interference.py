@@ -3,8 +3,8 @@
 python -m experiments.interference --output_dir=out/interference
 
 * Figure 1 of DistServe: OPT-13B on one A100, prompts of 512 and outputs of 64 tokens. The paper shows that vLLM keeps
-  its targets up to 1.6 requests/s, while a GPU that only prefills would serve 5.6 and one that only decodes 10: two of the
-  first and one of the second serve 3.3 per GPU. Ours shows P90 TTFT and P90 TPOT of the same three against the rate.
+  its targets up to 1.6 requests/s, while a GPU that only prefills would serve 5.6 and one that only decodes 10: two of
+  the first and one of the second serve 3.3 per GPU. Ours shows P90 TTFT and P90 TPOT of the same against the rate.
 * Figure 2: a decode step alone, and with one prompt in the batch. Ours is worked out from the latency profile.
 
 Twice: with all on the same step times and our engine's rules (`ours`), and with the step times, rules and host
@@ -221,11 +221,11 @@ def _draw(output: Any, found: dict[str, dict[str, Any]], slowed: list[dict[str, 
                     [1e3 * row[key] for row in rows],
                     style,
                     color=colour,
-                    label=f"{label}, {name} rules",
+                    label=f"{label}, {'our' if name == 'ours' else name} rules",
                 )
         panel.axhline(1e3 * target, color="#777777", lw=1, ls=":")
         panel.set(xlabel="requests/s per GPU", ylim=(0, 2.5e3 * target), xlim=(0, RATES[-1]))
-        panel.legend(fontsize=8)
+        panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=8)
     panels[0].set(ylabel="P90 TTFT, ms")
     panels[1].set(ylabel="P90 TPOT, ms")
     panels[0].set_title("OPT-13B, 512 prompt and 64 output tokens", loc="left")
@@ -238,7 +238,7 @@ def _draw(output: Any, found: dict[str, dict[str, Any]], slowed: list[dict[str, 
         values = [1e3 * row[f"with_{length}_s"] for row in slowed]
         panel.plot(batches, values, "o-", ms=3, label=f"with a prompt of {length}")
     panel.set(xlabel="sequences that decode (544 tokens each)", ylabel="step, ms", ylim=(0, None))
-    panel.legend()
+    panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     panel.set_title("OPT-13B, one A100: a prompt in the batch (worked out)", loc="left")
     output.figure("fig2_step_with_prompt", figure)
 
