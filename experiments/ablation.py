@@ -1,0 +1,143 @@
+"""What disaggregation gains and what the placement search gains: DistServe-High, DistServe-Low, vLLM++ and vLLM.
+
+python -m experiments.ablation --output_dir=out/ablation
+
+Figure 11 of DistServe shows, in simulation, that vLLM++ (vLLM with its parallelism searched for) is hardly better
+than vLLM, that DistServe-Low (a prefill and a decode instance share their nodes) is far better than both, and that
+DistServe-High (each phase is placed freely, as fast links between all nodes allow) is somewhat better still. Ours shows
+attainment against the rate of the same four, each at what the search finds for it, under our rules and under those of
+the public systems.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from absl import flags
+
+from ds_jax.flags import run
+
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for the results.", required=True)
+_WORKLOADS = flags.DEFINE_list("workloads", ["13B ShareGPT", "66B ShareGPT"], "Of the paper's five.")
+_REQUESTS = flags.DEFINE_integer("requests", 400, "Requests of each run of our rules.", 20)
+_WORKERS = flags.DEFINE_integer("workers", 0, "Processes; 0: one per core.", lower_bound=0)
+
+SYSTEMS = ("DistServe-High", "DistServe-Low", "vLLM++", "vLLM")
+RULES = ("joint", "published")
+
+
+def plan_of(evaluation: Any, rule: str, system: str, requests: int) -> Any:
+    """The paper's plan with the affinity that the system needs."""
+    plan = evaluation.plan()
+    count = requests if rule == "joint" else min(requests, 300)
+    affinity = "high" if system == "DistServe-High" else "low"
+    # Fast links between nodes are what high affinity means: InfiniBand, 800 Gbit/s per node.
+    cluster = replace(plan.cluster, network_gbits=800.0) if affinity == "high" else plan.cluster
+    return replace(plan, affinity=affinity, cluster=cluster, search=replace(plan.search, rule=rule, requests=count))
+
+
+def main(argv: list[str]) -> None:
+    """Search, simulate, compare, draw."""
+    from ds_jax.placement.layouts import Shape
+    from experiments.curves import find, study
+    from experiments.output import PALETTE, Output, axes, table
+    from experiments.published import Compared, ratio, rows
+    from experiments.systems import EVALUATIONS, System, mixed, parallel
+
+    known = {one.name: one for one in EVALUATIONS}
+    for name in _WORKLOADS.value:
+        if name not in known:
+            raise ValueError(f"--workloads: {name!r} must be one of {', '.join(known)}")
+    output = Output(_OUTPUT_DIR.value)
+    chosen = [known[name] for name in _WORKLOADS.value]
+    output.config({"requests": _REQUESTS.value, "plans": {one.name: asdict(one.plan()) for one in chosen}})
+    keys = [(one, rule, system) for one in chosen for rule in RULES for system in SYSTEMS]
+    plans = {(one.name, rule, system): plan_of(one, rule, system, _REQUESTS.value) for one, rule, system in keys}
+    policies = {system: "disaggregated" if system.startswith("DistServe") else "colocated" for system in SYSTEMS}
+    searched = [key for key in plans if key[2] != "vLLM"]
+    jobs = [(plans[key], policies[key[2]]) for key in searched]
+    units = dict(zip(searched, parallel(find, jobs, "placements", _WORKERS.value), strict=True))
+    tried = {}
+    for one, rule, system in keys:
+        unit = mixed(Shape(one.vllm_tp, 1)) if system == "vLLM" else units[one.name, rule, system][0]
+        if unit is not None:
+            tried[one.name, rule, system] = System(system, policies[system], unit)
+    results = parallel(study, [(plans[key], system, 1.0) for key, system in tried.items()], "rates", _WORKERS.value)
+    found = dict(zip(tried, results, strict=True))
+
+    summary: dict[str, Any] = {}
+    shown: list[list[object]] = []
+    for (name, rule, system), result in found.items():
+        shape = str(tried[name, rule, system].unit)
+        entry = {"unit": shape, **result}
+        entry["over_vllm"] = _over(found, name, rule, system)
+        summary.setdefault(name, {}).setdefault(rule, {})[system] = entry
+        shown.append([name, rule, system, shape, result["goodput_90"], result["goodput_99"], entry["over_vllm"]])
+    compared = []
+    for name in _WORKLOADS.value:
+        values = {
+            rule: ", ".join(f"{system} {ratio(_over(found, name, rule, system))}" for system in SYSTEMS[:3])
+            for rule in RULES
+        }
+        compared.append(
+            Compared(
+                f"{name}: goodput over vLLM (Fig. 11)",
+                "vLLM++ about 1x, DistServe-Low well above, DistServe-High above that",
+                f"{values['published']} (public rules); {values['joint']} (joint)",
+                _why(name, summary[name]),
+            )
+        )
+    output.summary({"workloads": summary, "compared": rows(compared)})
+    figure, panels = axes(len(RULES), len(chosen), width=4.0, height=2.8)
+    for row, rule in enumerate(RULES):
+        for column, name in enumerate(_WORKLOADS.value):
+            panel = panels[row * len(chosen) + column]
+            for system, colour in zip(SYSTEMS, (2, 0, 5, 1), strict=True):
+                if (name, rule, system) in found:
+                    curve = found[name, rule, system]["curve"]
+                    inside = [
+                        100 * (point["both"] if rule == "joint" else min(point["ttft"], point["tpot"]))
+                        for point in curve
+                    ]
+                    panel.plot([p["rate"] for p in curve], inside, "o-", ms=2.5, color=PALETTE[colour], label=system)
+            most = max(found[key]["goodput_90"] for key in found if key[:2] == (name, rule))
+            panel.axhline(90, color="#777777", lw=1, ls=":")
+            panel.set(xlim=(0, 1.6 * (most or 1)), ylim=(0, 103), xlabel="requests/s per GPU")
+            panel.set_ylabel("both targets, %" if rule == "joint" else "the worse target, %")
+            panel.set_title(f"{name}, {'our' if rule == 'joint' else 'public'} rules", loc="left")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4)
+    output.figure("fig11_ablation", figure)
+    print(table(["workload", "rule", "system", "unit", "90 %", "99 %", "over vLLM"], shown))
+    for key, (unit, why) in units.items():
+        if unit is None:
+            print(f"{', '.join(key)}: no placement: {why}")
+    print(f"written to {output.folder}")
+
+
+def _over(found: dict[tuple[str, str, str], dict[str, Any]], name: str, rule: str, system: str) -> float | None:
+    mine, vllm = found.get((name, rule, system)), found.get((name, rule, "vLLM"))
+    if mine is None or vllm is None or not vllm["goodput_90"]:
+        return None
+    return float(mine["goodput_90"] / vllm["goodput_90"])
+
+
+def _why(name: str, entry: dict[str, Any]) -> str:
+    """From what was measured."""
+    sentences = []
+    for rule, told in (("published", "public rules"), ("joint", "joint")):
+        units = entry[rule]
+        if "vLLM++" in units and "vLLM" in units:
+            same = units["vLLM++"]["unit"] == units["vLLM"]["unit"]
+            sentences.append(
+                f"{told}: vLLM++ is vLLM itself."
+                if same
+                else f"{told}: the search gives vLLM++ {units['vLLM++']['unit']} in place of {units['vLLM']['unit']}."
+            )
+    sentences.append("DistServe-High judges the phases alone and rounds their ratio to whole instances of one cluster.")
+    return " ".join(sentences)
+
+
+if __name__ == "__main__":
+    run(main)
