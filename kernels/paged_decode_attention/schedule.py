@@ -44,7 +44,11 @@ def plan(lengths: jax.Array, kv_heads: int, block: int, workers: int, window: in
     lengths = lengths.astype(jnp.int32)
     first = jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths - window, 0) // block
     blocks = -(-lengths // block) - first
-    order = jnp.argsort(blocks == 0, stable=True).astype(jnp.int32)
+    # Sorts and searches would be loops of many small kernels; comparing all with all is one.
+    full = blocks > 0
+    rank = jnp.where(full, jnp.cumsum(full), jnp.sum(full) + jnp.cumsum(~full)) - 1  # of each row of the batch
+    row = jnp.arange(len(lengths), dtype=jnp.int32)
+    order = jnp.sum(jnp.where(rank == row[:, None], row, 0), axis=1, dtype=jnp.int32)
     sequences = jnp.stack([order, first[order], blocks[order], lengths[order]], axis=1)
 
     ends = jnp.cumsum(blocks[order] * kv_heads)  # in the row of all blocks
@@ -55,7 +59,8 @@ def plan(lengths: jax.Array, kv_heads: int, block: int, workers: int, window: in
         return worker * each + jnp.minimum(worker, further)
 
     def pair_at(at: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        sequence = jnp.minimum(jnp.searchsorted(ends, at, side="right"), len(lengths) - 1).astype(jnp.int32)
+        passed = jnp.searchsorted(ends, at, side="right", method="compare_all")
+        sequence = jnp.minimum(passed, len(lengths) - 1).astype(jnp.int32)
         per_head = jnp.maximum(sequences[sequence, 2], 1)
         inside = at - (ends[sequence] - sequences[sequence, 2] * kv_heads)
         return sequence, inside // per_head, inside % per_head
@@ -71,7 +76,6 @@ def plan(lengths: jax.Array, kv_heads: int, block: int, workers: int, window: in
         border = further * (each + 1)
         return jnp.where(at < border, at // (each + 1), further + (at - border) // jnp.maximum(each, 1))
 
-    rank = jnp.argsort(order).astype(jnp.int32)  # of each row of the batch
     heads = jnp.arange(kv_heads, dtype=jnp.int32)
     start = (ends[rank] - blocks * kv_heads)[:, None] + heads * blocks[:, None]
     low, high = worker_at(start), worker_at(start + blocks[:, None] - 1)
