@@ -9,7 +9,7 @@ from ds_jax.protocol import pages_for
 
 SMALLEST_STEP_TOKENS = 32
 SMALLEST_COPY_PAGES = 4
-FEWEST_BUCKETED_SLOTS = 16
+FEWEST_BUCKETED_SLOTS = 17
 """With fewer slots a step costs about as much for all of them as for one, and a program less is compiled."""
 MOST_HOST_PAGES = 64
 """Pages that one program moves to or from host memory; further ones take further runs of it."""
