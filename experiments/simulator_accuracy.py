@@ -52,10 +52,8 @@ def simulate_run(
     from ds_jax.simulation import simulate
     from ds_jax.workload import Submission
 
-    pools = [system.kv_tokens(profile, hidden_size, tp, pp) for _, tp, pp in real.layout]
     instances = [
-        system.instance(id, role, tokens, pp)
-        for id, ((role, _, pp), tokens) in enumerate(zip(real.layout, pools, strict=True))
+        system.instance(id, role, profile, hidden_size, tp, pp) for id, (role, tp, pp) in enumerate(real.layout)
     ]
     for row in real.rows:
         for instance in instances:

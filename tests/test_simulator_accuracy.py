@@ -54,11 +54,14 @@ def test_what_the_real_system_did_is_never_looked_at(tmp_path, name):
 
 def test_a_lone_request_takes_what_the_formulas_say(tmp_path):
     first, token = simulated(write(tmp_path / f"{DISAGG}.csv", [[0.5, 1000, 3]], HEADER))
-    # tp 2: 14.743 + 0.0685772 x 1000 + 2.44957e-6 x 1000^2 ms, and 6 ms until it is in the queue
-    assert first[0] == pytest.approx(0.014743 + 0.0685772 + 0.0024496 + 0.006, abs=1e-5)
-    # a pull of 63 pages of 13.1 MB over one link of 300 GB/s and 4 ms; then two steps of 19.93 ms + 0.627 us a token
+    # tp 2: 14.743 + 0.0685772 x 1000 + 2.44957e-6 x 1000^2 ms, and 5 ms until it is in the queue
+    assert first[0] == pytest.approx(0.014743 + 0.0685772 + 0.0024496 + 0.005, abs=1e-5)
+    # a pull of 63 pages of 13.1 MB over one link of 300 GB/s and 4 ms; then two steps of 19.93 ms + 0.627 us a token on
+    # the GPU, and 3 ms + 0.1 us a token on its host
     pull = 0.004 + 63 * 16 * 819_200 / 300e9
-    steps = sum(0.0199347 + 6.26936e-7 * context + 3.85e-5 + 0.0025 + 1e-7 * context + 2e-5 for context in (1001, 1002))
+    steps = sum(
+        0.0199347 + 6.26936e-7 * context + 3.85e-5 + 0.003 + 1e-7 * context + 1.25e-5 for context in (1001, 1002)
+    )
     assert token[0] == pytest.approx((pull + steps) / 2, abs=1e-5)
 
 

@@ -191,16 +191,20 @@ class Decoding:
 
     # --- slots --------------------------------------------------------------------------------------------------------
 
-    def admit(self, most: int | None = None) -> None:
-        """Give landed sequences a slot, oldest landing first, in the lane with the smallest batch; `most` of them."""
-        for _ in range(len(self.landed) if most is None else most):
+    def admit(self) -> None:
+        """Give landed sequences a slot, oldest landing first, in the lane with the smallest batch."""
+        while self.landed:
             batch = min(self.batches, key=lambda batch: len(batch.sequences))
             if not batch.slots:
                 return
-            sequence = self.landed.pop(next(iter(self.landed)))
-            assert sequence.lease is not None
-            self.waiting_pages -= len(sequence.lease.pages)
-            batch.join(sequence)
+            self.seat(next(iter(self.landed.values())), batch)
+
+    def seat(self, sequence: Sequence, batch: RunningBatch) -> None:
+        """Give a landed sequence a slot in this batch, which has one."""
+        assert sequence.lease is not None
+        del self.landed[sequence.id]
+        self.waiting_pages -= len(sequence.lease.pages)
+        batch.join(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a landed or running sequence or a sibling out; its pages are the caller's to drop."""

@@ -21,23 +21,22 @@ PAGE_TOKENS = 16
 
 @dataclass(frozen=True)
 class HostWork:
-    """What the host of a stage does for a decode step before its devices begin: remote call, page tables, detokenizing.
-
-    Steps of prompts cost nothing more: their fits contain it.
-    """
+    """What the host of a stage does for a step before its devices begin: remote call, page tables, detokenizing."""
 
     step_s: float = 0.0
-    """For every step; negative where the fits contain more than the system has."""
+    """For every decode step; negative where the fits contain more than the system has."""
     context_token_s: float = 0.0
     """For each token that the decodes attend to: page tables are sent anew with every step."""
     sequence_s: float = 0.0
-    """For each of the step's sequences, up to `crowd`."""
+    """For each decode of the step, up to `crowd`."""
     crowd: int = 1024
     crowded_sequence_s: float = 0.0
     """For each one beyond."""
 
     def seconds(self, batch: int, context_tokens: int) -> float:
-        """Of a step with `batch` decodes."""
+        """Of a step with `batch` decodes; nothing for a step of prompts, whose fits contain it."""
+        if not batch:
+            return 0.0
         few = min(batch, self.crowd)
         per_sequence = self.sequence_s * few + self.crowded_sequence_s * (batch - few)
         return self.step_s + self.context_token_s * context_tokens + per_sequence
@@ -66,8 +65,8 @@ class PublicSystem:
     """Tokens of the batch that it tried before it sized its pool, whose activations it left room for; 0: none."""
     activation_vectors: int = 0
     """Hidden vectors, 2 bytes a number, that each of those tokens took."""
-    host_bytes: float = 16e9
-    """Pinned host memory of each GPU, for swapping."""
+    host_bytes: float = 0.0
+    """Pinned host memory of each GPU, to swap to."""
 
     def kv_tokens(self, profile: LatencyProfile, hidden_size: int, tp: int, pp: int) -> int:
         """Tokens of KV in the pool of one instance.
@@ -81,9 +80,14 @@ class PublicSystem:
         reserved = self.profiled_tokens * self.activation_vectors * hidden_size * 2 * pp / profile.kv_bytes_per_token
         return max(0, int(profile.kv_tokens[f"{tp},{pp}"] - reserved))
 
-    def instance(self, id: int, role: Role, tokens: int, pp: int) -> Instance:
-        """An instance of this system with a pool of `tokens` tokens."""
-        pages = tokens // PAGE_TOKENS
+    def instance(self, id: int, role: Role, profile: LatencyProfile, hidden_size: int, tp: int, pp: int) -> Instance:
+        """An instance of this system.
+
+        Raises:
+            ValueError: as `kv_tokens`.
+        """
+        pages = self.kv_tokens(profile, hidden_size, tp, pp) // PAGE_TOKENS
+        host = int(self.host_bytes * tp * pp / (profile.kv_bytes_per_token * PAGE_TOKENS))
         return Instance(
             id,
             role,
@@ -95,6 +99,7 @@ class PublicSystem:
             max_step_tokens=0 if role is Role.DECODE else self.max_step_tokens,
             max_step_sequences=0 if role is Role.DECODE else self.max_step_sequences,
             saturation_tokens=0 if role is Role.DECODE else self.max_step_tokens,
+            host_pages=0 if role is Role.PREFILL else host,
         )
 
     def scheduler(self) -> Scheduler:
@@ -128,7 +133,7 @@ class PublicLatency(PlacedLatency):
 
     def host_ns(self, step: Step, context_tokens: int) -> int:
         """As `LatencyModel` says."""
-        return round(1e9 * self._host.seconds(len(step.decodes), context_tokens)) if step.decodes else 0
+        return round(1e9 * self._host.seconds(len(step.decodes), context_tokens))
 
 
 _NVLINK = Links(300e9, host_bytes_per_s=25e9, latency_s=4e-3)
@@ -136,15 +141,16 @@ _NVLINK = Links(300e9, host_bytes_per_s=25e9, latency_s=4e-3)
 PUBLIC_DISTSERVE = PublicSystem(
     name="distserve",
     policy="ds_jax.scheduling.serial:Serial",
-    options=SchedulerConfig(pull_watermark=0.05, steps_per_lane=1),
+    options=SchedulerConfig(pull_watermark=0.05, steps_per_lane=1, preemption="swap"),
     profile="configs/latency/a100_80g_{model}.json",
     max_step_tokens=8192,
     max_step_sequences=128,
     slots=1024,
-    request_s=6e-3,
-    host=HostWork(step_s=2.5e-3, context_token_s=1e-7, sequence_s=2e-5),
+    request_s=5e-3,
+    host=HostWork(step_s=3e-3, context_token_s=1e-7, sequence_s=1.25e-5),
     links=_NVLINK,
     copies_after_steps=True,
+    host_bytes=16e9,
 )
 
 PUBLIC_VLLM = PublicSystem(

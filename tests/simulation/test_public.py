@@ -8,7 +8,7 @@ import pytest
 
 from ds_jax.config import SchedulerConfig
 from ds_jax.latency import load
-from ds_jax.protocol import Copy, CopyDone, Decode, Instance, Prefill, Role, Run, Step, StepDone
+from ds_jax.protocol import Copy, CopyDone, Decode, Instance, Medium, Prefill, Role, Run, Step, StepDone
 from ds_jax.scheduling import create_scheduler
 from ds_jax.simulation import LinearLatency, simulate
 from ds_jax.simulation.lane import Pipeline
@@ -22,11 +22,12 @@ LATENCY = LinearLatency(MS, 0, 2 * MS, 0, 0, 5 * MS, 0)
 
 
 def decode(lanes: int, pages: int = 60) -> Instance:
-    return Instance(1, Role.DECODE, 0, pages, 4, lanes=lanes, slots=8)
+    return Instance(1, Role.DECODE, 0, pages, 4, lanes=lanes, slots=8, host_pages=80)
 
 
-def serial():
-    return create_scheduler("ds_jax.scheduling.serial:Serial", SchedulerConfig(steps_per_lane=1))
+def serial(preemption: str = "recompute"):
+    options = SchedulerConfig(steps_per_lane=1, preemption=preemption)
+    return create_scheduler("ds_jax.scheduling.serial:Serial", options)
 
 
 def test_a_host_works_on_each_stage_and_shows_only_where_the_stage_would_not_wait_anyway():
@@ -58,13 +59,20 @@ def test_the_serial_loop_begins_no_step_while_it_pulls_and_pulls_one_at_a_time()
                     assert not pulling and len(stepping) <= lanes
 
 
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
 @pytest.mark.parametrize("lanes", [1, 2])
-@pytest.mark.parametrize("seed", range(3))
-def test_the_serial_loop_keeps_every_rule_page_by_page_and_leaves_nobody_behind(lanes, seed):
-    work = submissions(poisson(200.0, 120, seed), uniform((1, 100), (1, 30), 120, seed), max_tokens=30)
-    times = simulate(serial(), [PREFILL, decode(lanes)], work, LATENCY, strict=True).times
-    assert all(times[one.request.id].output_tokens == one.output_tokens for one in work)
-    assert sum(one.replays for one in times.values()) > 0, "the pool is small enough to preempt"
+def test_the_serial_loop_keeps_every_rule_page_by_page_and_leaves_nobody_behind(lanes, preemption):
+    work = submissions(poisson(200.0, 120, lanes), uniform((1, 100), (1, 30), 120, lanes), max_tokens=30)
+    result = simulate(serial(preemption), [PREFILL, decode(lanes)], work, LATENCY, strict=True, log=True)
+    assert all(result.times[one.request.id].output_tokens == one.output_tokens for one in work)
+    replays = sum(one.replays for one in result.times.values())
+    swaps = [
+        command
+        for entry in result.log.entries
+        for command in entry.commands
+        if isinstance(command, Copy) and command.destination.medium is Medium.HOST
+    ]
+    assert (replays, len(swaps)) > (0, 0) if preemption == "recompute" else len(swaps) > replays == 0
 
 
 def test_a_sequence_with_more_than_half_of_the_pool_is_admitted_when_nobody_runs():
