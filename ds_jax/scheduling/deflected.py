@@ -24,8 +24,12 @@ from ds_jax.scheduling.sequence import Phase, Sequence
 from ds_jax.scheduling.slack import Account, Foresight, SlackPolicy
 from ds_jax.scheduling.worker import Worker
 
-FLOOR = 0.9
+FLOOR = 0.7
 """A decode that is behind gets at least this share of its SLO_tpot for each token, so that it catches up."""
+FEW = 0.1
+"""Share of a batch, those with the least slack, that may fall behind for a while for the sake of a prompt,"""
+BEHIND = 2.0
+"""by a step of at most so many SLO_tpot."""
 PATIENCE_NS = 10 * 10**9
 """A request without a TTFT target is ranked as if it had this one; it is never given up."""
 SMALLEST_CHUNK = 16
@@ -123,12 +127,13 @@ class Deflected(SlackPolicy):
             return []
         instance, foresight = worker.instance, self.foresight(worker)
         account = foresight.accounts[lane]
-        seconds = self._seconds(foresight, account, lane)
+        strict, lenient = self._seconds(foresight, account, lane)
         limit = min(instance.saturation_tokens, instance.max_step_tokens)
         chunks: list[tuple[Sequence, Prefill]] = []
         sizes: list[tuple[int, int]] = []
         tokens = rows = 0
-        while (sequence := self._first(worker, lane, seconds)) is not None:
+        while (found := self._first(worker, lane, strict, lenient)) is not None:
+            sequence, seconds = found
             most = min(sequence.tokens - sequence.prefilled, instance.max_step_tokens)
             rows += 1 + len(sequence.forks)
             if rows > instance.max_step_sequences or (tokens and tokens + most > limit):
@@ -147,26 +152,35 @@ class Deflected(SlackPolicy):
                 break
         return chunks
 
-    def _seconds(self, foresight: Foresight, account: Account, lane: int) -> float:
-        """How long the next step may take for its decodes; inf: there are none that mind."""
+    def _seconds(self, foresight: Foresight, account: Account, lane: int) -> tuple[float, float]:
+        """How long the next step may take for its decodes, and if a few of them may fall behind; inf: nobody minds."""
         if not account.batch:
-            return math.inf
+            return math.inf, math.inf
         begin_ns = foresight.forecast.free_ns(self.now_ns, lane)
-        return (account.due_ns(FLOOR, begin_ns) - begin_ns) / 1e9
+        strict = account.lenient_due_ns(begin_ns, FLOOR, 0.0, 0.0) - begin_ns
+        return strict / 1e9, max(strict, account.lenient_due_ns(begin_ns, FLOOR, FEW, BEHIND) - begin_ns) / 1e9
 
-    def _first(self, worker: Worker, lane: int, seconds: float) -> Sequence | None:
-        """The most urgent of the prompts begun here and of those in line that can be in time here."""
+    def _first(self, worker: Worker, lane: int, strict: float, lenient: float) -> tuple[Sequence, float] | None:
+        """The most urgent of the prompts begun here and of those in line that can be in time here, and the seconds that
+        its step may take: decodes fall behind only for a prompt that would be late otherwise."""
         started = min(worker.prompts.partial.values(), key=self._urgency, default=None)
         forced = self._line.forced()
         if forced is not None and worker in self._able(forced):
-            return started or (forced if worker.prompts.can_start(forced) else None)
+            other = started or (forced if worker.prompts.can_start(forced) else None)
+            return None if other is None else (other, strict)
         if started is None or self.may_interrupt(worker):
             for sequence in [entry.sequence for entry in self._line.on_time()]:
                 if started is not None and self._urgency(started) <= self._urgency(sequence):
-                    return started
-                if self._fits(worker, sequence) and self._in_time(worker, lane, sequence, seconds):
-                    return sequence
-        return started or self._too_late(worker, lane)
+                    break
+                if self._fits(worker, sequence):
+                    for seconds in (strict, lenient):
+                        if self._in_time(worker, lane, sequence, seconds):
+                            return sequence, seconds
+        if started is None:
+            late = self._too_late(worker, lane)
+            return None if late is None else (late, strict)
+        ends_ns = self._ends_ns(worker, lane, started, strict) if lenient > strict else -math.inf
+        return started, lenient if self.now_ns < self.deadline_ns(started) < ends_ns else strict
 
     def _too_late(self, worker: Worker, lane: int) -> Sequence | None:
         """Who was given up, for a worker that has nothing better to do: a prefill worker that would be idle."""
@@ -191,7 +205,9 @@ class Deflected(SlackPolicy):
 
     def _fits(self, worker: Worker, sequence: Sequence) -> bool:
         """Whether the worker may start it now: it is able to, and has pages beside those promised to hand-overs."""
-        if not worker.prompts.can_start(sequence, spare=worker.decoding.inbox_pages) or worker not in self._able(sequence):
+        if not worker.prompts.can_start(sequence, spare=worker.decoding.inbox_pages) or worker not in self._able(
+            sequence
+        ):
             return False
         return not worker.decodes or not worker.decoding.count or self.below_watermark(worker, sequence.tokens)
 
@@ -222,9 +238,10 @@ class Deflected(SlackPolicy):
         """When the prompt would be done here: each step as long as the slack that is left, which grows by SLO_tpot."""
         foresight = self.foresight(worker)
         forecast, account = foresight.forecast, foresight.accounts[lane]
-        ends_s = self._free_ns(worker) / 1e9
+        begin_ns = self._free_ns(worker) if sequence.phase is Phase.WAITING else forecast.free_ns(self.now_ns, lane)
+        ends_s = begin_ns / 1e9
         each_s = account.tightest_tpot_ns() / 1e9
-        done = size = 0
+        size, done = 0, sequence.prefilled
         step_s = 0.0
         for _ in range(HORIZON):
             most = min(sequence.tokens - done, worker.instance.max_step_tokens)

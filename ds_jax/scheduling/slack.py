@@ -77,20 +77,45 @@ class Account:
         """What the decodes of the step attend to, their own tokens included."""
         return self._context + self.batch * self._tick
 
-    def due_ns(self, floor: float = 0.0, begin_ns: float = -math.inf, ahead: int = 0) -> float:
+    def due_ns(self, ahead: int = 0) -> float:
         """When the step must be done at the latest so that nobody's slack falls below zero; inf: nobody minds.
 
         Args:
-            floor: who is behind already gets this share of its SLO_tpot from `begin_ns` on, so that it catches up.
             ahead: of so many steps after this one.
         """
         due = math.inf
         for tpot_ns, heap in self._heaps.items():
-            while heap and self._keys.get(heap[0][1]) != heap[0][0]:
-                heapq.heappop(heap)
+            self._clear(heap)
             if heap:
-                due = min(due, max(heap[0][0] + tpot_ns * (self._tick + ahead), begin_ns + floor * tpot_ns))
+                due = min(due, heap[0][0] + tpot_ns * (self._tick + ahead))
         return due
+
+    def lenient_due_ns(self, begin_ns: float, floor: float, share: float, most: float) -> float:
+        """As `due_ns`, but a few may fall behind for a while.
+
+        Args:
+            begin_ns: when the step begins.
+            floor: who is behind already gets this share of its SLO_tpot, so that it catches up.
+            share: of the members, so many with the least slack may be made to wait beyond it,
+            most: for a step of at most so many times SLO_tpot. They are those who have just begun, and have the most
+                tokens to catch up with.
+        """
+        due = math.inf
+        for tpot_ns, heap in self._heaps.items():
+            self._clear(heap)
+            if heap:
+                key = heap[0][0]
+                if (few := int(share * len(heap))) and key + tpot_ns * self._tick < begin_ns + most * tpot_ns:
+                    alive = [entry for entry in heap if self._keys.get(entry[1]) == entry[0]]
+                    key = heapq.nsmallest(few + 1, alive)[-1][0] if few < len(alive) else key
+                    key = min(key, max(heap[0][0], begin_ns + (most - self._tick) * tpot_ns))
+                due = min(due, max(key + tpot_ns * self._tick, begin_ns + floor * tpot_ns))
+        return due
+
+    def _clear(self, heap: list[tuple[float, int]]) -> None:
+        """Drop those from the top who have left."""
+        while heap and self._keys.get(heap[0][1]) != heap[0][0]:
+            heapq.heappop(heap)
 
     def tightest_tpot_ns(self) -> float:
         """The smallest SLO_tpot in the batch; inf: there is none."""

@@ -1,0 +1,185 @@
+"""Our scheduler's rules, each as a scenario to be checked by eye, and the conformance machine."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from ds_jax.config import SchedulerConfig
+from ds_jax.protocol import Request, Role
+from ds_jax.scheduling.admission import Line
+from ds_jax.scheduling.deflected import SMALLEST_CHUNK, Deflected
+from ds_jax.scheduling.sequence import Sequence
+from tests.scheduling.foretold import MS, Clocked, WithTargets, fewer, foretell, slo, worker
+from tests.scheduling.machine import conformance
+from tests.scheduling.world import prefilled, rejects, runs
+
+PREFILL, MIXED = worker(0, Role.PREFILL), worker(1, Role.MIXED)
+
+
+def world(*instances, **options):
+    return Clocked(Deflected(SchedulerConfig(**options), foretell), *(instances or (PREFILL, MIXED)))
+
+
+def waiting(one):
+    """Prompts that no worker has begun."""
+    return [id for id, sequence in one.scheduler.sequences.items() if sequence.home is None]
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_is_as_long_as_the_decode_with_the_least_slack_allows():
+    """Decode steps take 10 ms, prompts a millisecond a token. The chunk is what the banked slack leaves beside them."""
+    one = world(MIXED)
+    one.served(0, 10, tokens=20, tpot_ms=20)
+    one.arrive(1, 900, slo=slo(10**6, 20))
+    one.after(10).finish(one.steps()[0])
+    step = one.steps()[-1]
+    begin_ns = one.now_ns + 10 * MS  # behind the step that runs
+    due_ns = one.scheduler.sequences[0].first_ns + 20 * MS * (one.contract.sequences[0].confirmed + 1)
+    [(sequence, start, length)] = prefilled(step)
+    assert (sequence, start) == (1, 0) and step.decodes
+    assert 0.8 * (due_ns - begin_ns) < (10 + length) * MS * 1.05 <= 1.1 * (due_ns - begin_ns)
+
+
+def test_decodes_go_on_in_every_step_whatever_prompts_come():
+    one = world(MIXED)
+    one.served(0, 10, tokens=3, tpot_ms=40)
+    one.arrive(1, 300, slo=slo(10**6, 40))
+    while one.scheduler.sequences[1].first_ns is None:
+        step = one.steps()[0]
+        assert [work.sequence for work in step.decodes][:1] == [0]
+        one.after(10 * bool(step.decodes) + sum(work.length for work in step.prefills)).finish(step)
+    late_ns = one.now_ns - one.scheduler.sequences[0].first_ns - 40 * MS * (one.contract.sequences[0].confirmed - 1)
+    assert late_ns <= 0, "its mean time per token is inside the target"
+
+
+# --- who takes a prompt -----------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_is_bound_to_no_worker_before_one_can_run_it():
+    one = world(PREFILL, worker(2, Role.PREFILL), MIXED)
+    one.served(9, 10, tokens=3, tpot_ms=1)
+    for id in range(5):
+        one.arrive(id, 100, slo=slo(10**6, 50))
+    assert waiting(one) == [4], "two steps are in flight at most on each prefill worker"
+    one.finish(one.steps(2)[0])
+    assert waiting(one) == [] and one.scheduler.sequences[4].home.instance.id == 2
+
+
+def test_a_multiplexing_worker_takes_only_what_can_be_in_time_there():
+    """Behind decodes of 10 ms with 20 ms a token there are 10 ms of prompt in each step: 30 tokens take 60 ms or so."""
+    for ttft_ms, taken in ((40, False), (400, True)):
+        one = world(worker(0, Role.PREFILL, pages=4), MIXED)
+        one.served(9, 10, tokens=2, tpot_ms=20)
+        one.arrive(0, 30, slo=slo(ttft_ms, 20))
+        one.after(10).finish(one.steps(1)[0])
+        assert (one.scheduler.sequences[0].home is not None) is taken
+
+
+def test_the_most_urgent_prompt_goes_first_also_into_one_that_is_half_done():
+    one = world(worker(0, Role.PREFILL, max_step_tokens=50), MIXED)
+    one.served(9, 10, tokens=3, tpot_ms=1)
+    one.arrive(0, 500, slo=slo(5000, 50))
+    one.arrive(1, 40, slo=slo(300, 50))
+    one.after(50).finish(one.steps(0)[0])
+    assert [prefilled(step) for step in one.steps(0)] == [[(0, 50, 50)], [(1, 0, 40)]]
+
+
+def test_a_worker_that_stopped_taking_prompts_begins_again_only_with_twice_the_slack():
+    one = world(MIXED)
+    one.served(0, 10, tokens=2, tpot_ms=20)
+    scheduler = one.scheduler
+    foresight = scheduler.foresight(scheduler.workers[MIXED.id])
+    account = foresight.accounts[0]
+    base_s = foresight.forecast.safe_s([(0, 1)], account.batch, account.context_tokens)
+    enough_s = base_s + 1.3e-3 * SMALLEST_CHUNK
+
+    def admits(seconds):
+        return scheduler._admits(foresight, account, seconds)
+
+    assert admits(enough_s) and not admits(base_s) and not admits(enough_s) and admits(2 * enough_s)
+    assert admits(enough_s)
+
+
+# --- who is given up --------------------------------------------------------------------------------------------------
+
+
+def test_as_few_as_possible_are_given_up():
+    """Work and deadlines on one worker. By deadline 5 would be late after 4 and 6: the longest of the three, 6, goes.
+    Then all are in time, 4 and 5 and 3 ending at 4, 9 and 12."""
+    line = Line(16)
+    jobs = {"a": (4, 6), "b": (6, 10), "c": (5, 11), "d": (3, 13)}
+    sequences = {}
+    for order, (name, (work, deadline)) in enumerate(jobs.items()):
+        sequences[name] = Sequence(Request(order, 1, 1), order)
+        line.add(sequences[name], deadline, deadline, work)
+    assert line.triage(0, workers=1) == [sequences["b"]]
+    assert [entry.sequence for entry in line.on_time()] == [sequences[name] for name in "acd"]
+    assert line.given_up() is sequences["b"]
+    assert line.triage(0, workers=1) == []
+
+
+def test_nobody_is_given_up_who_has_no_target():
+    line = Line(16)
+    line.add(Sequence(Request(0, 1, 1), 0), 5, math.inf, 100)
+    assert line.triage(10**9, workers=1) == []
+
+
+def test_those_who_cannot_be_in_time_any_more_wait_behind_those_who_can():
+    one = world(worker(0, Role.PREFILL), MIXED)
+    one.served(9, 10, tokens=3, tpot_ms=1)
+    for id in (0, 1):
+        one.arrive(id, 100, slo=slo(10**6, 50))
+    one.arrive(2, 100, slo=slo(50, 50))
+    one.arrive(3, 100, slo=slo(1000, 50))
+    one.after(100).finish(one.steps(0)[0])
+    assert waiting(one) == [2] and prefilled(one.steps(0)[-1]) == [(3, 0, 100)]
+    one.after(100).finish(one.steps(0)[0])
+    one.after(100).finish(one.steps(0)[0])
+    assert waiting(one) == [], "with nobody else waiting it is served"
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_early_rejection_says_when_to_come_back(early):
+    one = world(PREFILL, MIXED, early_rejection=early)
+    one.served(9, 10, tokens=3, tpot_ms=1)
+    one.take_news()
+    for id in range(6):
+        one.arrive(id, 1000, slo=slo(2500, 50))
+    refused = rejects(one.news)
+    assert bool(refused) is early
+    for reject in refused:
+        assert reject.why == "its TTFT target can no longer be met" and reject.retry_after_s >= 1
+
+
+def test_whoever_was_overtaken_often_enough_goes_next():
+    one = world(worker(0, Role.PREFILL, max_step_sequences=1), MIXED)
+    one.served(99, 10, tokens=3, tpot_ms=1)
+    for id in (0, 1):
+        one.arrive(id, 10, slo=slo(10**6, 50))
+    one.arrive(2, 10, slo=slo(1, 50))
+    for id in range(3, 3 + Deflected.most_overtaking + 2):
+        one.arrive(id, 10, slo=slo(10**6, 50))
+    begun = []
+    while 2 in waiting(one):
+        one.after(10).finish(one.steps(0)[0])
+        begun += [prefilled(step)[0][0] for step in runs(one.take_news()) if step.instance == 0]
+    assert begun.index(2) - begun.index(3) == Deflected.most_overtaking
+
+
+class Impatient(Deflected):
+    """So that the machine sees within its bound that nobody starves."""
+
+    most_overtaking = 3
+
+
+def machine(examples, *roles):
+    case = conformance(lambda: WithTargets(Impatient()), roles=roles, first_come_first_served=False)
+    return fewer(case, examples)
+
+
+TestDeflected = machine(30, Role.PREFILL, Role.MIXED)
+TestWithoutPrefillWorkers = machine(15, Role.MIXED)
