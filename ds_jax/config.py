@@ -112,7 +112,7 @@ class SchedulerConfig:
     chunk_order: Literal["sarathi", "splitfuse", "vllm_v1"] = "sarathi"
     """chunked: whose rules fill the budget."""
     queue_order: Literal["fcfs", "sjf", "ljf", "edf", "llf"] = "fcfs"
-    """multiplexed, deflected: order of waiting prompts: first come, shortest, longest, deadline, least slack first."""
+    """multiplexed: order of waiting prompts: first come, shortest, longest, deadline, least slack first."""
     routing: Literal["code", "readme"] = "code"
     """multiplexed: whose routing, that of Tropical's code or of its README."""
     memory_watermark: float = 0.9
@@ -235,7 +235,7 @@ class Config:
         """Each policy needs instances of certain roles, and has no use for the others."""
         present = {role for role, _ in self.groups()}
         needs = ROLES.get(self.policy)
-        if needs is None or present == needs:
+        if needs is None or needs - OPTIONAL.get(self.policy, set()) <= present <= needs:
             return
         for role in Role:
             count = {Role.PREFILL: self.prefill, Role.DECODE: self.decode, Role.MIXED: self.mixed}[role].instances
@@ -252,6 +252,9 @@ ROLES = {
     "deflected": {Role.PREFILL, Role.MIXED},
 }
 """Roles of the instances that each policy works with; multiplexing workers are mixed instances."""
+
+OPTIONAL = {"deflected": {Role.PREFILL}}
+"""Of those, the roles without which it works too."""
 
 MIXING = {"chunked", "deflected"}
 """Policies whose steps may hold prompt chunks and decodes together: programs for such steps take time to compile."""

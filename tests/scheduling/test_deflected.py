@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from ds_jax.config import SchedulerConfig
+from ds_jax.config import Config, DecodeConfig, MixedConfig, PrefillConfig, SchedulerConfig
 from ds_jax.protocol import Request, Role
 from ds_jax.scheduling.admission import Line
 from ds_jax.scheduling.deflected import SMALLEST_CHUNK, Deflected
@@ -168,6 +168,13 @@ def test_whoever_was_overtaken_often_enough_goes_next():
         one.after(10).finish(one.steps(0)[0])
         begun += [prefilled(step)[0][0] for step in runs(one.take_news()) if step.instance == 0]
     assert begun.index(2) - begun.index(3) == Deflected.most_overtaking
+
+
+def test_it_works_with_multiplexing_workers_alone():
+    none, two = PrefillConfig(instances=0), MixedConfig(instances=2)
+    Config(policy="deflected", prefill=none, decode=DecodeConfig(instances=0), mixed=two).check()
+    with pytest.raises(ValueError, match="policy = multiplexed needs prefill.instances >= 1, got 0"):
+        Config(policy="multiplexed", prefill=none, decode=DecodeConfig(instances=0), mixed=two).check()
 
 
 class Impatient(Deflected):
