@@ -13,7 +13,7 @@ from ds_jax.plan import PlanConfig
 from experiments.systems import System, hardware, rate_at, serve
 
 SHARES = (0.9, 0.99)
-FRACTIONS = (0.3, 0.6, 0.85, 1.15, 1.5, 2.0)
+FRACTIONS = (0.4, 0.7, 1.15, 1.5, 2.0)
 """Rates of the curve beside those that the goodputs needed, in shares of the goodput."""
 SCALES = (0.3, 0.45, 0.6, 0.75, 0.9, 1.0, 1.25, 1.6, 2.0)
 
@@ -48,8 +48,10 @@ def study(plan: PlanConfig, system: System, first: float) -> dict[str, Any]:
 
     goodputs: list[float] = []
     for share in SHARES[: 1 if apart else 2]:
-        first = goodputs[0] * 0.85 if goodputs and goodputs[0] else first
-        goodputs.append(rate_at(asked, share, first=first, precision=0.04))
+        if goodputs and not goodputs[0]:
+            break
+        first, lowest = (0.85 * goodputs[0], goodputs[0] / 8) if goodputs else (first, 0.02)
+        goodputs.append(rate_at(asked, share, first=first, precision=0.04, lowest=lowest))
     if goodputs[0] and not apart:
         for fraction in FRACTIONS:
             asked(fraction * goodputs[0])

@@ -84,8 +84,8 @@ def main(argv: list[str]) -> None:
                 "> 95 %",
                 f"{100 * within:.1f} % (median {1e3 * summary[one.name]['transfer_p50_s']:.1f} ms, "
                 f"P95 {1e3 * summary[one.name]['transfer_p95_s']:.1f} ms)",
-                "Low node affinity: KV takes the links inside a node, at the 300 GB/s of NVLink's data sheet and 0.5 ms "
-                "per copy; what a real copy loses to page tables and launches is not in that.",
+                "Low node affinity: KV takes the links inside a node, at 300 GB/s (NVLink's data sheet) and "
+                "0.5 ms per copy; what a real copy loses to page tables and launches is not in that.",
                 extrapolated=machines.extrapolated,
             )
         )

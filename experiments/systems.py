@@ -22,7 +22,6 @@ import numpy as np
 from ds_jax.attainment import Share
 from ds_jax.config import SchedulerConfig, SloConfig
 from ds_jax.metrics import RequestTimes
-from ds_jax.placement.goodput import LOWEST_RATE
 from ds_jax.placement.hardware import Hardware
 from ds_jax.placement.layouts import Group, Shape, Unit
 from ds_jax.placement.trial import BOTH, Requests
@@ -214,16 +213,22 @@ def hardware(plan: PlanConfig) -> Hardware:
 
 
 def rate_at(
-    share_at: Callable[[float], float], share: float = 0.9, *, first: float = 1.0, precision: float = 0.03
+    share_at: Callable[[float], float],
+    share: float = 0.9,
+    *,
+    first: float = 1.0,
+    precision: float = 0.03,
+    lowest: float = 0.02,
 ) -> float:
     """The rate at which the share of good requests falls to `share`: bisection, then linear between the last two rates.
 
     Args:
         share_at: rate -> share; called at each rate once.
         first: where to begin.
+        lowest: where to give up: at low rates nothing is batched, so that runs are long.
 
     Returns:
-        0 if it is below at LOWEST_RATE already.
+        0 if it is below the share at the lowest rate already.
     """
     rates: dict[float, float] = {}
 
@@ -235,9 +240,10 @@ def rate_at(
     while not high:
         low, high = (low * 1.6, 0.0) if good(low * 1.6) else (low, low * 1.6)
     while not low:
-        if high < LOWEST_RATE:
+        if high <= lowest:
             return 0.0
-        low, high = (high / 1.6, high) if good(high / 1.6) else (0.0, high / 1.6)
+        next_rate = max(high / 2, lowest)
+        low, high = (next_rate, high) if good(next_rate) else (0.0, next_rate)
     while high > low * (1 + precision):
         middle = (low * high) ** 0.5
         low, high = (middle, high) if good(middle) else (low, middle)

@@ -1,0 +1,100 @@
+"""The page of experiments.reproduce: one HTML file, nothing fetched, light and dark, narrow and wide."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from experiments.reproduce import Outcome
+
+STYLE = """
+:root { color-scheme: light dark; --text: #1c1e21; --dim: #5f6368; --line: #dadce0; --back: #ffffff; --card: #f6f7f8;
+        --accent: #2f5f95; --warn: #b3441e; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e6e7e9; --dim: #a0a4aa; --line: #3a3d42; --back: #16181b; --card: #1f2226; --accent: #8ab8ea;
+          --warn: #f0906a; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 68rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; color: var(--text);
+       background: var(--back); }
+h1 { font-size: 1.6rem; margin: .5rem 0; } h2 { font-size: 1.25rem; margin: 2.2rem 0 .4rem; }
+a { color: var(--accent); } p, li { max-width: 46rem; } .dim { color: var(--dim); font-size: .9rem; }
+nav { display: flex; flex-wrap: wrap; gap: .3rem .9rem; font-size: .9rem; }
+figure { margin: .8rem 0; padding: .6rem; background: #ffffff; border: 1px solid var(--line); border-radius: 8px;
+         overflow-x: auto; }
+figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+@media (max-width: 40rem) { figure img.wide { max-width: none; width: 52rem; } }
+pre { overflow-x: auto; background: var(--card); padding: .7rem; border-radius: 8px; font-size: .8rem; }
+.failed { color: var(--warn); font-weight: 600; }
+.mark { color: var(--warn); font-style: italic; }
+table { border-collapse: collapse; width: 100%; font-size: .88rem; }
+th, td { text-align: left; vertical-align: top; padding: .45rem .6rem; border-bottom: 1px solid var(--line);
+         overflow-wrap: anywhere; }
+th { position: sticky; top: 0; background: var(--back); }
+td:nth-child(1) { width: 24%; } td:nth-child(2) { width: 15%; } td:nth-child(3) { width: 24%; }
+@media (max-width: 40rem) {
+  thead { display: none; } tr { display: block; border-bottom: 1px solid var(--line); padding: .5rem 0; }
+  td, td:nth-child(n) { display: block; width: auto; border: 0; padding: .1rem 0; }
+  td::before { content: attr(data-name) ": "; color: var(--dim); } td:first-child::before { content: ""; }
+  td:first-child { font-weight: 600; } }
+"""
+
+
+def page(outcomes: Sequence[Outcome], compared: Sequence[dict[str, Any]], quick: bool) -> str:
+    """The whole document."""
+    shown = [one for one in outcomes if one.error != "not run"]
+    links = " ".join(f'<a href="#{one.experiment.name}">{html.escape(one.experiment.name)}</a>' for one in shown)
+    warning = '<p class="failed">Made with --quick: tiny sizes, the numbers mean nothing.</p>' if quick else ""
+    sections = "".join(_section(one) for one in shown)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>DS-JAX: the papers' evaluation, reproduced</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        "<h1>The papers' evaluation, reproduced</h1>\n"
+        "<p>Every figure and number is simulated: the schedulers are those of the engine, step times come from "
+        "latency profiles. <em>Public rules</em> are the rules, step times and host work of the published code; "
+        "<em>joint</em> (our rules) gives all systems the same step times and asks for both targets together, over "
+        'longer runs. What is <span class="mark">extrapolated</span> rests on step times that were worked out from '
+        f"data sheets, never measured.</p>\n{warning}\n<nav>{links}</nav>\n"
+        f'<h2 id="published">Published, ours, and why they differ</h2>\n{_table(compared)}\n{sections}'
+        "</body>\n</html>\n"
+    )
+
+
+def _table(compared: Sequence[dict[str, Any]]) -> str:
+    names = ("number", "published", "ours", "why they differ")
+    head = "".join(f"<th>{name}</th>" for name in names)
+    rows = []
+    for one in compared:
+        mark = ' <span class="mark">extrapolated</span>' if one["extrapolated"] else ""
+        cells = (
+            f'{html.escape(one["what"])}<br><span class="dim">{html.escape(one["source"])}</span>',
+            html.escape(one["published"]),
+            html.escape(one["ours"]) + mark,
+            html.escape(one["why"]),
+        )
+        cells_html = "".join(f'<td data-name="{name}">{cell}</td>' for name, cell in zip(names, cells, strict=True))
+        rows.append(f"<tr>{cells_html}</tr>")
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody>\n</table>"
+
+
+def _section(one: Outcome) -> str:
+    name = one.experiment.name
+    parts = [f'<section id="{name}">\n<h2>{html.escape(one.experiment.shows)}</h2>\n']
+    if one.error:
+        parts.append(f'<p class="failed">failed: {html.escape(one.error)}</p>\n')
+    if one.seconds is not None:
+        parts.append(f'<p class="dim">experiments.{one.experiment.module}, {one.seconds:.0f} s</p>\n')
+    if one.summary.get("extrapolated"):
+        parts.append('<p class="mark">extrapolated: step times are worked out from data sheets</p>\n')
+    for path in one.figures:
+        # An image element keeps the styles and ids of figures apart from each other's.
+        svg = base64.b64encode(path.read_bytes()).decode()
+        title = html.escape(f"{one.experiment.shows}: {path.stem}")
+        parts.append(f'<figure><img class="wide" alt="{title}" src="data:image/svg+xml;base64,{svg}"></figure>\n')
+    if one.printed.strip():
+        parts.append(f"<details><summary>printed</summary><pre>{html.escape(one.printed.strip())}</pre></details>\n")
+    parts.append("</section>\n")
+    return "".join(parts)
