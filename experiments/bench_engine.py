@@ -12,7 +12,6 @@ over total - prefill; beside a roofline from the copy and matmul rates measured 
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from ds_jax.architecture import DTYPE_BYTES, Architecture
 from ds_jax.flags import define_config, load_config, run
 from experiments.ceilings import Ceilings, measure
+from experiments.engine_cases import Case, read_cases
 from experiments.output import Output, table
 
 if TYPE_CHECKING:
@@ -35,39 +35,6 @@ define_config(default_file="configs/offline_cpu.py")
 _CASES = flags.DEFINE_string("cases", None, "JSON list of cases.", required=True)
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for the results.", required=True)
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Measurements of each case.", 1)
-
-FIELDS = {"name": str, "batch": int, "prompt_tokens": int, "output_tokens": int}
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A batch of equal requests."""
-
-    name: str
-    batch: int
-    prompt_tokens: int
-    output_tokens: int
-
-
-def read_cases(path: Path) -> list[Case]:
-    """The cases of a file.
-
-    Raises:
-        ValueError: it is not a list of cases; names the place.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, list) or not found:
-        raise ValueError(f"{path} must hold a JSON list of at least one case")
-    for index, case in enumerate(found):
-        if not isinstance(case, dict) or case.keys() != FIELDS.keys():
-            raise ValueError(f"{path}: cases[{index}] must have exactly the keys {', '.join(FIELDS)}, got {case!r:.80}")
-        for field, kind in FIELDS.items():
-            if type(case[field]) is not kind or (kind is int and case[field] < 1):
-                raise ValueError(f"{path}: cases[{index}].{field} = {case[field]!r} must be a positive {kind.__name__}")
-    return [Case(**case) for case in found]
 
 
 class Bench:
