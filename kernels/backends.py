@@ -24,11 +24,8 @@ def platform() -> tuple[str, str]:
 
     Where an abstract device is set (`kernels.mosaic.off_gpu`) it is that device's, else the default backend's.
     """
-    stand_in = jax.sharding.get_abstract_mesh().abstract_device
-    if stand_in is not None:
-        return stand_in.platform or "gpu", stand_in.device_kind
-    device = jax.devices()[0]
-    return device.platform, device.device_kind
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return {"cuda": "gpu"}.get(device.platform, device.platform), device.device_kind
 
 
 def choose(
