@@ -10,6 +10,7 @@ from ds_jax.plan import ClusterConfig, PlanConfig, SearchConfig, WorkloadConfig
 config = PlanConfig(
     model="models/embedded/story",
     dtype="float32",
+    slots=16,
     affinity="low",
     cluster=ClusterConfig(nodes=1, gpus_per_node=4, gpu="own"),
     slo=SloConfig(ttft_s=1.0, tpot_s=0.1),

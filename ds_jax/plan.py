@@ -79,6 +79,8 @@ class PlanConfig:
     """Latency profile (a file of experiments.profile or configs/latency); empty: a roofline, marked extrapolated."""
     policy: str = "disaggregated"
     """Scheduling policy that the placement is for; colocated is vLLM++."""
+    slots: int = 256
+    """Sequences that one instance decodes in a step, per pipeline stage."""
     affinity: Literal["high", "low"] = "high"
     """high: fast links between all nodes, each phase is placed alone (Algorithm 1); low: a prefill and a decode instance
     share nodes stage by stage, so that KV stays on the fast links (Algorithm 2)."""
@@ -98,6 +100,7 @@ class PlanConfig:
         for name, value in (
             ("cluster.nodes", self.cluster.nodes),
             ("cluster.gpus_per_node", self.cluster.gpus_per_node),
+            ("slots", self.slots),
         ):
             if value < 1:
                 raise ValueError(f"{name} = {value} must be at least 1")

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
             found = search.find([policy for policy in _BESIDE.value if policy != plan.policy])
     values = summary(plan, found)
     output.summary(values)
-    output.text("serve.py", serving_config(plan, found.placement, dummy=dummy))
+    output.text("serve.py", serving_config(plan, found.placement, search.hardware, dummy=dummy))
     with (output.folder / "candidates.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(

@@ -85,7 +85,7 @@ def unloaded_ttft_s(group: Group, hardware: Hardware, requests: Requests, share:
 
 
 def unloaded_tpot_s(group: Group, hardware: Hardware, requests: Requests) -> float:
-    """Time of a decode step for one sequence of the shortest context."""
+    """Time of a decode step for one sequence of a middling context."""
     return hardware.step_time(group).step_s((), 1, int(requests.prompts.min()) + 1)
 
 
@@ -102,7 +102,7 @@ def _decode_work_s(group: Group, hardware: Hardware, requests: Requests) -> floa
     """Mean seconds of a stage per request, in batches as large as memory allows: tokens / (best tokens per second)."""
     step = hardware.step_time(group)
     context = float(requests.prompts.mean() + requests.outputs.mean() / 2)
-    most = max(1, int(hardware.kv_tokens(group) / context / group.shape.pp))
+    most = min(hardware.plan.slots, max(1, int(hardware.kv_tokens(group) / context / group.shape.pp)))
     sizes = sorted({min(most, 2**power) for power in range(12)})
     per_token = min(step.step_s((), size, round(size * context)) / size for size in sizes)
     return per_token * float(requests.outputs.mean() - 1 or 1) / group.shape.pp

@@ -20,10 +20,9 @@ from ds_jax.simulation import Links, PlacedLatency
 from ds_jax.simulation.public import PUBLIC_DISTSERVE, PUBLIC_VLLM, PublicSystem
 
 PAGE_SIZE = 16
-SLOTS = 256
-"""Sequences that one lane decodes in a step: DistServe's and vLLM's default."""
 MAX_STEP_TOKENS = 2048
-MAX_STEP_SEQUENCES = 64
+MAX_STEP_SEQUENCES = 16
+"""Both as in `PrefillConfig`: what is found is what will be served."""
 OWN = "own"
 """Kind of GPU: the devices that the plan's profile was measured on."""
 _ENDLESS = 10**6
@@ -119,6 +118,10 @@ class Hardware:
         kind = self.gpus[group.role]
         return fewest_gpus(self.arch, kind, self.plan.dtype, tokens) if kind.memory_bytes else math.inf
 
+    def l_m(self, group: Group) -> int:
+        """Shortest prompt that saturates an instance of the group, in tokens."""
+        return self._profiles[group.role].l_m(group.shape.tp)
+
     # --- one unit -----------------------------------------------------------------------------------------------------
 
     def scheduler(self, unit: Unit, policy: str) -> Scheduler:
@@ -170,10 +173,10 @@ class Hardware:
             self.kv_tokens(group) // PAGE_SIZE,
             PAGE_SIZE,
             lanes=group.shape.pp,
-            slots=SLOTS if decodes else 0,
+            slots=self.plan.slots if decodes else 0,
             max_step_tokens=MAX_STEP_TOKENS if prefills else 0,
             max_step_sequences=MAX_STEP_SEQUENCES if prefills else 0,
-            saturation_tokens=profile.l_m(group.shape.tp) if prefills else 0,
+            saturation_tokens=self.l_m(group) if prefills else 0,
         )
 
     def latency(self, unit: Unit, instances: Sequence[Instance], phases: Sequence[Role], policy: str) -> PlacedLatency:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ds_jax.placement.hardware import Hardware
 from ds_jax.placement.layouts import Unit
 from ds_jax.placement.search import Found, Placement
 from ds_jax.plan import PlanConfig
@@ -105,29 +106,36 @@ def _shape(unit: Unit, role: Role) -> tuple[int | None, int | None]:
     return (group.shape.tp, group.shape.pp) if group else (None, None)
 
 
-def serving_config(plan: PlanConfig, placement: Placement, *, dummy: bool) -> str:
+def serving_config(plan: PlanConfig, placement: Placement, hardware: Hardware, *, dummy: bool) -> str:
     """The text of a configuration file that `experiments.serve` takes as it is.
 
     Args:
         dummy: serve random weights, for a folder that has none.
     """
     classes = {Role.PREFILL: "PrefillConfig", Role.DECODE: "DecodeConfig", Role.MIXED: "MixedConfig"}
+    l_m = {group.role: hardware.l_m(group) for group in placement.unit.groups}
     groups = []
     for role in Role:
         group = placement.unit.group(role)
         count = group.instances * placement.replicas if group else 0
-        settings = f"instances={count}" + (f", tp={group.shape.tp}, pp={group.shape.pp}" if group else "")
-        groups.append(f"    {role}={classes[role]}({settings}),\n")
+        settings = f"instances={count}"
+        if group:
+            settings += f", tp={group.shape.tp}, pp={group.shape.pp}"
+            settings += f", slots={plan.slots}" if role is not Role.PREFILL else ""
+            settings += f", saturation_tokens={l_m[role]}" if role is not Role.DECODE else ""
+        groups.append(f"    {role}=c.{classes[role]}({settings}),\n")
     load = ', load_format="dummy"' if dummy else ""
+    profile = f"    scheduler=c.SchedulerConfig(latency_profile={plan.profile!r}),\n" if plan.profile else ""
     return (
         f'"""Found by experiments.placement_search: {placement.goodput_per_gpu:.3g} requests/s per GPU with TTFT under '
         f"{plan.slo.ttft_s:g} s and TPOT under {plan.slo.tpot_s:g} s\nfor {100 * plan.search.attainment:g} % of "
         f'requests, workload {plan.workload.name}."""\n\n'
-        "from ds_jax.config import Config, DecodeConfig, MixedConfig, ModelConfig, PrefillConfig, SloConfig\n\n"
-        "config = Config(\n"
-        f"    model=ModelConfig(path={plan.model!r}{load}),\n"
+        "from ds_jax import config as c\n\n"
+        "config = c.Config(\n"
+        f"    model=c.ModelConfig(path={plan.model!r}{load}),\n"
         f"    policy={placement.policy!r},\n"
         f"{''.join(groups)}"
-        f"    slo=SloConfig(ttft_s={plan.slo.ttft_s!r}, tpot_s={plan.slo.tpot_s!r}),\n"
+        f"{profile}"
+        f"    slo=c.SloConfig(ttft_s={plan.slo.ttft_s!r}, tpot_s={plan.slo.tpot_s!r}),\n"
         ")\n"
     )

@@ -153,7 +153,9 @@ class PlacementSearch:
                     others[policy] = self.place(policy)
                 except Infeasible:
                     continue
-        notes = (self.requests.assumed,) if self.requests.assumed else ()
+        notes = (
+            (f"workload {self.plan.workload.name}: assumed {self.requests.assumed}",) if self.requests.assumed else ()
+        )
         return Found(
             placement,
             others,
