@@ -22,7 +22,7 @@ from models.folder import CHECKOUT, read_configs
 from models.sharding import make_mesh
 from models.transformer import abstract_params
 
-CONFIGS = sorted(path.stem for path in (CHECKOUT / "configs").glob("*.py"))
+CONFIGS = sorted(path.stem for path in (CHECKOUT / "configs").glob("*.py") if not path.name.startswith("plan_"))
 
 # Parameter counts as their makers, or the files that they published, state them.
 PUBLISHED = {
