@@ -6,13 +6,14 @@ Each system has the same GPUs (8 x A100-80G as four tp2 instances with InternLM2
 from published figures: extrapolated) and is tuned for every workload, over placements, chunk budgets and (multiplexed)
 queue orders, on a seed of its own. What is reported is of other seeds, with the policies' forecasts 10 % too long and
 10 % too short in turn. One set of constants holds for all workloads. --quick tunes over a smaller grid, --report_s and
---tune_s say how long runs are. OUTPUT_DIR gets summary.json, table.md, config.json, goodput.png, and results.jsonl as
-results come in: called again with the same settings it goes on where it was.
+--tune_s say how long runs are. OUTPUT_DIR gets summary.json, table.md, config.json, goodput.png, and as they come in
+results.jsonl and the runs behind them: called again with the same settings it goes on where it was.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
@@ -57,9 +58,9 @@ def compare(job: dict[str, Any]) -> dict[str, Any]:
     setting = _setting(job)
     scenario = runs.scenarios(setting, job["mooncake"])[job["workload"]]
     began = time.time()
+    bench = runs.Bench(setting, scenario, Path(job["runs"]) / f"{job['workload']}.{job['policy']}.jsonl")
     tuned = runs.tune(
-        setting,
-        scenario,
+        bench,
         job["policy"],
         length_s=job["tune_s"],
         seed=job["tune_seed"],
@@ -71,7 +72,7 @@ def compare(job: dict[str, Any]) -> dict[str, Any]:
     seeds = [(seed, signs[index % 2] * job["error"]) for index, seed in enumerate(job["seeds"])]
 
     def measured(rate: float) -> runs.Point:
-        return runs.measure(setting, scenario, tuned.candidate, rate, length_s=job["report_s"], runs=seeds)
+        return runs.measure(bench, tuned.candidate, rate, length_s=job["report_s"], runs=seeds)
 
     points = [measured(tuned.rate * factor) for factor in FACTORS]
     for _ in range(MORE):
@@ -132,9 +133,12 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--gpus = {job['gpus']} must be a multiple of --tp = {job['tp']}, at least two instances")
     folder = Path(_OUTPUT_DIR.value)
     folder.mkdir(parents=True, exist_ok=True)
+    runs = folder / f"runs-{hashlib.sha256(json.dumps(job).encode()).hexdigest()[:8]}"
+    runs.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
 
-    jobs = [job | {"policy": policy, "workload": one} for one in _WORKLOADS.value for policy in _POLICIES.value]
+    place = {"runs": str(runs)}
+    jobs = [job | place | {"policy": policy, "workload": one} for one in _WORKLOADS.value for policy in _POLICIES.value]
     results = _results_so_far(folder, job)
     done = {(one["workload"], one["policy"]) for one in results}
     jobs = [one for one in jobs if (one["workload"], one["policy"]) not in done]

@@ -7,12 +7,14 @@ get the same step times, wrong by a factor.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ds_jax.architecture import Architecture
-from ds_jax.attainment import Attainment, Drift, goodput
+from ds_jax.attainment import Attainment, goodput
 from ds_jax.config import SchedulerConfig
 from ds_jax.latency import LatencyProfile, StepTime
 from ds_jax.latency.gpus import gpu
@@ -240,6 +242,56 @@ def requests(rate: float, length_s: float) -> int:
     return min(max(300, round(rate * length_s)), 4000)
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one run."""
+
+    both: float
+    low: float
+    high: float
+    ttft: float
+    tpot: float
+    ttft_p90_s: float
+    tpot_p90_s: float
+    stable: bool
+    labels: dict[str, float]
+
+
+class Bench:
+    """Runs on one scenario, each done once: what is known stays in a file, so that a comparison can be broken off."""
+
+    def __init__(self, setting: Setting, scenario: Scenario, file: Path | None = None):
+        self.setting, self.scenario = setting, scenario
+        self._file = file
+        self._known: dict[str, Outcome] = {}
+        if file is not None and file.is_file():
+            for line in file.read_text(encoding="utf-8").splitlines():
+                key, outcome = json.loads(line)
+                self._known[key] = Outcome(**outcome)
+
+    def outcome(self, candidate: Candidate, rate: float, length_s: float, seed: int, error: float) -> Outcome:
+        """Of this run, done now or before."""
+        count = requests(rate, length_s)
+        key = f"{candidate.policy}: {candidate} at {rate!r}, {count} requests, seed {seed}, error {error}"
+        if key not in self._known:
+            made = run(self.setting, candidate, self.scenario.make(rate, count, seed), error)
+            shares = made.shares()
+            self._known[key] = outcome = Outcome(
+                shares.both,
+                *shares.both_interval,
+                shares.ttft,
+                shares.tpot,
+                made.ttft_s().p90,
+                made.tpot_s().p90,
+                made.drift().stable,
+                {label: made.shares(label).both for label in made.labels},
+            )
+            if self._file is not None:
+                with open(self._file, "a", encoding="utf-8") as file:
+                    file.write(json.dumps([key, asdict(outcome)]) + "\n")
+        return self._known[key]
+
+
 class Tuned(NamedTuple):
     candidate: Candidate
     rate: float
@@ -247,31 +299,22 @@ class Tuned(NamedTuple):
     tried: int
 
 
-def tune(
-    setting: Setting,
-    scenario: Scenario,
-    policy: str,
-    *,
-    length_s: float,
-    seed: int,
-    share: float,
-    rounds: int,
-    quick: bool,
-) -> Tuned:
+def tune(bench: Bench, policy: str, *, length_s: float, seed: int, share: float, rounds: int, quick: bool) -> Tuned:
     """The candidate that passes at the highest rate: bisection over the rate, with those that still pass.
 
     The predictors are exact here; errors are for the reported runs. A run whose queue grows does not pass: a longer one
     would not have.
     """
-    alive = candidates(policy, setting.instances, quick)
+    scenario = bench.scenario
+    alive = candidates(policy, bench.setting.instances, quick)
     best, tried = alive[0], 0
     low, high = 0.0, 0.0
     rate = scenario.guess
     while tried == 0 or high == 0.0 or rounds > 0:
         attained = []
         for candidate in alive:
-            made = run(setting, candidate, scenario.make(rate, requests(rate, length_s), seed), 0.0)
-            attained.append(made.shares().both if made.drift().stable else 0.0)
+            outcome = bench.outcome(candidate, rate, length_s, seed, 0.0)
+            attained.append(outcome.both if outcome.stable else 0.0)
         tried += len(alive)
         passed = [one for one, value in zip(alive, attained, strict=True) if value >= share]
         top = alive[attained.index(max(attained))]
@@ -297,50 +340,37 @@ def tune(
 
 
 @dataclass(frozen=True)
-class Point:
-    """Attainment at one rate, over all reported seeds and errors."""
+class Point(Outcome):
+    """Outcome at one rate, over all reported seeds and errors."""
 
     rate: float
-    both: float
-    low: float
-    high: float
-    ttft: float
-    tpot: float
-    ttft_p90_s: float
-    tpot_p90_s: float
-    stable: bool
-    labels: dict[str, float]
 
 
 def measure(
-    setting: Setting,
-    scenario: Scenario,
-    candidate: Candidate,
-    rate: float,
-    *,
-    length_s: float,
-    runs: Iterable[tuple[int, float]],
+    bench: Bench, candidate: Candidate, rate: float, *, length_s: float, runs: Iterable[tuple[int, float]]
 ) -> Point:
     """Pool the runs (seed, predictor error) at this rate."""
-    made = [run(setting, candidate, scenario.make(rate, requests(rate, length_s), seed), error) for seed, error in runs]
-    shares = [one.shares() for one in made]
-    mean = sum(one.both for one in shares) / len(shares)
+    made = [bench.outcome(candidate, rate, length_s, seed, error) for seed, error in runs]
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(values) / len(made)
+
+    both = mean(one.both for one in made)
     # Independent runs: the half widths add like standard errors.
-    below = sum((one.both - one.both_interval.low) ** 2 for one in shares) ** 0.5 / len(shares)
-    above = sum((one.both_interval.high - one.both) ** 2 for one in shares) ** 0.5 / len(shares)
-    drifts: list[Drift] = [one.drift() for one in made]
+    below = sum((one.both - one.low) ** 2 for one in made) ** 0.5 / len(made)
+    above = sum((one.high - one.both) ** 2 for one in made) ** 0.5 / len(made)
     labels = made[0].labels
     return Point(
-        rate,
-        mean,
-        max(0.0, mean - below),
-        min(1.0, mean + above),
-        sum(one.ttft for one in shares) / len(shares),
-        sum(one.tpot for one in shares) / len(shares),
-        sum(one.ttft_s().p90 for one in made) / len(made),
-        sum(one.tpot_s().p90 for one in made) / len(made),
-        all(one.stable for one in drifts),
-        {label: sum(one.shares(label).both for one in made) / len(made) for label in labels if len(labels) > 1},
+        both=both,
+        low=max(0.0, both - below),
+        high=min(1.0, both + above),
+        ttft=mean(one.ttft for one in made),
+        tpot=mean(one.tpot for one in made),
+        ttft_p90_s=mean(one.ttft_p90_s for one in made),
+        tpot_p90_s=mean(one.tpot_p90_s for one in made),
+        stable=all(one.stable for one in made),
+        labels={label: mean(one.labels[label] for one in made) for label in labels if len(labels) > 1},
+        rate=rate,
     )
 
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from experiments.policies import POLICIES, WORKLOADS, tabulate
-from experiments.policy_runs import Setting, candidates, curve, measure, requests, run, scenarios, tropical_profile
+from experiments.policy_runs import (
+    Bench,
+    Setting,
+    candidates,
+    curve,
+    measure,
+    requests,
+    run,
+    scenarios,
+    tropical_profile,
+)
 
 SETTING = Setting(tropical_profile())
 
@@ -32,13 +42,16 @@ def test_the_ttft_target_of_tropical_is_five_times_the_unloaded_prefill():
     assert SETTING.profile.extrapolated
 
 
-def test_a_point_pools_its_runs():
+def test_a_point_pools_its_runs_and_none_is_done_twice(tmp_path, monkeypatch):
     scenario = scenarios(SETTING, None)["humaneval"]
     candidate = candidates("chunked", SETTING.instances)[0]
-    point = measure(SETTING, scenario, candidate, 20.0, length_s=1.0, runs=[(1, 0.1), (2, -0.1)])
+    file = tmp_path / "runs.jsonl"
+    point = measure(Bench(SETTING, scenario, file), candidate, 20.0, length_s=1.0, runs=[(1, 0.1), (2, -0.1)])
     assert requests(20.0, 1.0) == 300
     assert 0 <= point.low <= point.both <= point.high <= 1
     assert curve([point], 0.5)[0] == 20.0
+    monkeypatch.delattr("experiments.policy_runs.run")
+    assert measure(Bench(SETTING, scenario, file), candidate, 20.0, length_s=1.0, runs=[(1, 0.1), (2, -0.1)]) == point
 
 
 def result(policy, goodput, low, high, workload="sharegpt"):
