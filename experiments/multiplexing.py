@@ -5,8 +5,8 @@ python -m experiments.multiplexing --mooncake=mooncake_conversation_trace.jsonl 
 Tropical's evaluation has InternLM2.5-20B on four tp2 workers of A100-80G, the Mooncake trace and LongBench lengths,
 TTFT of five unloaded prefills and TPOT of 100 ms. It shows up to 2.09 times as many requests inside both targets for
 90 %; against disaggregation a P90 TTFT that is 9 times better at a P90 TPOT 15 % worse; and against colocation a P90
-TPOT 2.8 times better at the same P90 TTFT. Ours shows the same systems, and `deflected` beside them, in simulation: each
-at the best of a small grid of placements and step sizes. Step times are worked out from published figures:
+TPOT 2.8 times better at the same P90 TTFT. Ours shows the same systems, and `deflected` beside them, in simulation:
+each at the best of a small grid of placements and step sizes. Step times are worked out from published figures:
 extrapolated. Without --mooncake a stand-in from the trace's mean lengths takes its place, and is labelled so.
 
 experiments.policies compares the same systems on more workloads, tuned with care and with wrong forecasts.

@@ -5,10 +5,9 @@ from __future__ import annotations
 import base64
 import html
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from experiments.reproduce import Outcome
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1c1e21; --dim: #5f6368; --line: #dadce0; --back: #ffffff; --card: #f6f7f8;
@@ -40,6 +39,32 @@ td:nth-child(1) { width: 24%; } td:nth-child(2) { width: 15%; } td:nth-child(3) 
   td::before { content: attr(data-name) ": "; color: var(--dim); } td:first-child::before { content: ""; }
   td:first-child { font-weight: 600; } }
 """
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One launcher with its flags."""
+
+    name: str
+    """Of its folder and its section of the page."""
+    module: str
+    shows: str
+    arguments: tuple[str, ...] = ()
+    quick: tuple[str, ...] = ()
+    """In place of full sizes."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it."""
+
+    experiment: Experiment
+    seconds: float | None
+    """None: it was not run now."""
+    error: str = ""
+    printed: str = ""
+    summary: dict[str, Any] = field(default_factory=dict)
+    figures: tuple[Path, ...] = ()
 
 
 def page(outcomes: Sequence[Outcome], compared: Sequence[dict[str, Any]], quick: bool) -> str:

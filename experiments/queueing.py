@@ -27,7 +27,7 @@ from experiments.md1 import Server, crossing
 
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for the results.", required=True)
 _REQUESTS = flags.DEFINE_integer(
-    "requests", 700, "Requests of a run at a load near 0; 1 / (1 - load)^2 times as many at others, up to 12 times.", 50
+    "requests", 700, "Requests of a run at a load near 0; 1 / (1 - load)^2 times as many at others, up to 12 times.", 20
 )
 _SPEED_UP = flags.DEFINE_float("speed_up", 1.6, "K: how much faster two GPUs run a layer that they share, 1 to 2.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the arrivals.")
@@ -64,7 +64,7 @@ def mean_ttft_s(server: Server, rate: float, requests: int, seed: int) -> tuple[
         0,
         Role.PREFILL,
         0,
-        10**7,
+        10**5,
         16,
         lanes=server.lanes,
         max_step_tokens=PROMPT_TOKENS,

@@ -3,24 +3,27 @@
 python -m experiments.reproduce --output_dir=out/reproduce [--runs=DIR] [--mooncake=FILE.jsonl] [--quick]
 
 Each experiment runs in a process of its own, with its own folder under OUTPUT_DIR; one that fails is shown as failed
-and does not stop the others. OUTPUT_DIR/index.html is self-contained: figures are inlined, nothing is fetched. --runs names
-a folder of real runs for simulator_accuracy, which is left out without it; --mooncake the trace, for which there is a
-stand-in otherwise. --quick takes tiny sizes: whether everything works, not what it gives.
+and does not stop the others. OUTPUT_DIR/index.html is self-contained: figures are inlined, nothing is fetched. --runs
+names a folder of real runs for simulator_accuracy, which is left out without it; --mooncake the trace, for which there
+is a stand-in otherwise. --quick takes tiny sizes: whether everything works, not what it gives.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from ds_jax.flags import CHECKOUT, run
+from experiments.page import Experiment, Outcome, page
 
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for the page and all results.", required=True)
 _RUNS = flags.DEFINE_string("runs", None, "Folder of real runs (CSV) for simulator_accuracy; without: left out.")
@@ -30,39 +33,13 @@ _QUICK = flags.DEFINE_boolean("quick", False, "Tiny sizes, to see whether everyt
 _LIMIT_S = flags.DEFINE_float("limit_s", 900.0, "Most seconds that one experiment may take.", 1.0)
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """One launcher with its flags."""
-
-    name: str
-    """Of its folder and its section of the page."""
-    module: str
-    shows: str
-    arguments: tuple[str, ...] = ()
-    quick: tuple[str, ...] = ()
-    """In place of full sizes."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of it."""
-
-    experiment: Experiment
-    seconds: float | None
-    """None: it was not run now."""
-    error: str = ""
-    printed: str = ""
-    summary: dict[str, Any] = field(default_factory=dict)
-    figures: tuple[Path, ...] = ()
-
-
 def experiments(runs: str | None, mooncake: str | None, folder: Path) -> list[Experiment]:
     """All of them, in the order of the page."""
     cache = f"--config.search.cache={folder / 'cache'}"
     trace = (f"--mooncake={mooncake}",) if mooncake else ()
     small = ("--config.search.requests=60", "--config.search.precision=0.2")
     found = [
-        Experiment("queueing", "queueing", "The simulator against queueing theory", (), ("--requests=60",)),
+        Experiment("queueing", "queueing", "The simulator against queueing theory", (), ("--requests=20",)),
         Experiment("phase_tradeoffs", "phase_tradeoffs", "Batching and parallelism in each phase (Fig. 3 to 5)"),
         Experiment("interference", "interference", "Prefill and decode in each other's way (Fig. 1 and 2)", (),
                    ("--requests=50",)),
@@ -105,7 +82,7 @@ REFERENCES = (
     ("66b_400", "66b", 0.4, 0.1, 0.33, 0.20, ""),
     ("66b_2500", "66b", 2.5, 0.15, 0.95, 0.38, ""),
 )
-"""Of the public simulator, ShareGPT lengths: name, model, targets, requests/s per GPU of DistServe and of the best vLLM,
+"""Of the public simulator, ShareGPT lengths: name, model, targets, requests/s per GPU of DistServe, of the best vLLM,
 and the placement."""
 
 
@@ -116,13 +93,21 @@ def attempt(experiment: Experiment, folder: Path, quick: bool, limit_s: float) -
         *(experiment.quick if quick else ()), f"--output_dir={folder / experiment.name}",
     ]  # fmt: skip
     begin = time.perf_counter()
+    # A session of its own: when it is stopped, so are the processes that it started.
+    process = subprocess.Popen(
+        command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
-        done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=limit_s)
+        printed, told = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
         return _outcome(experiment, folder, limit_s, f"not done after {limit_s:g} s", "")
-    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
-    error = "" if done.returncode == 0 else (lines[-1] if lines else f"exit code {done.returncode}")
-    return _outcome(experiment, folder, time.perf_counter() - begin, error, done.stdout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    lines = [line for line in told.replace("\r", "\n").splitlines() if line.strip()]
+    error = "" if process.returncode == 0 else (lines[-1] if lines else f"exit code {process.returncode}")
+    return _outcome(experiment, folder, time.perf_counter() - begin, error, printed)
 
 
 def _outcome(experiment: Experiment, folder: Path, seconds: float | None, error: str, printed: str) -> Outcome:
@@ -184,7 +169,6 @@ def main(argv: list[str]) -> None:
     from tqdm import tqdm
 
     from experiments.output import Output, table
-    from experiments.page import page
 
     output = Output(_OUTPUT_DIR.value)
     folder = output.folder.resolve()

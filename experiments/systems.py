@@ -219,6 +219,7 @@ def rate_at(
     first: float = 1.0,
     precision: float = 0.03,
     lowest: float = 0.02,
+    highest: float = 100.0,
 ) -> float:
     """The rate at which the share of good requests falls to `share`: bisection, then linear between the last two rates.
 
@@ -226,9 +227,10 @@ def rate_at(
         share_at: rate -> share; called at each rate once.
         first: where to begin.
         lowest: where to give up: at low rates nothing is batched, so that runs are long.
+        highest: where nobody looks further: a short run may be good at any rate.
 
     Returns:
-        0 if it is below the share at the lowest rate already.
+        0 if it is below the share at the lowest rate already; the last rate tried if it never falls below.
     """
     rates: dict[float, float] = {}
 
@@ -238,6 +240,8 @@ def rate_at(
 
     low, high = (first, 0.0) if good(first) else (0.0, first)
     while not high:
+        if low >= highest:
+            return low
         low, high = (low * 1.6, 0.0) if good(low * 1.6) else (low, low * 1.6)
     while not low:
         if high <= lowest:

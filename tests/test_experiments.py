@@ -1,0 +1,185 @@
+"""The experiments at tiny sizes, against oracles where there are any."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ds_jax.config import SloConfig
+from ds_jax.placement.layouts import Shape
+from ds_jax.protocol import Role
+from experiments.curves import study, tighten
+from experiments.md1 import Server, crossing
+from experiments.page import Experiment, Outcome, page
+from experiments.published import Compared, rows
+from experiments.systems import EVALUATIONS, MII, Served, System, mixed, multiplexing, pair, parallel, rate_at, serve
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory):
+    """The cheap experiments by experiments.reproduce, and what it printed."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    command = [sys.executable, "-m", "experiments.reproduce", "--quick", f"--output_dir={folder}",
+               "--only=queueing,phase_tradeoffs", "--limit_s=200"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder, done.stdout
+
+
+def small(index: int, requests: int = 40, rule: str = "joint"):
+    plan = EVALUATIONS[index].plan()
+    return replace(plan, search=replace(plan.search, requests=requests, rule=rule))
+
+
+def test_the_formulas_of_queues_hold_at_their_ends_and_cross_where_they_are_equal():
+    pipeline, tensor = Server("pipeline", 2, 0.1), Server("tensor", 1, 0.1 / 1.6)
+    assert pipeline.formula_s(0.0) == 0.1 and tensor.formula_s(0.0) == 0.1 / 1.6
+    d, k, r = 0.1, 1.6, 7.0
+    assert pipeline.formula_s(r) == pytest.approx(d + r * d**2 / (4 * (2 - r * d)))
+    assert tensor.formula_s(r) == pytest.approx(d / k + r * d**2 / (2 * k * (k - r * d)))
+    rate = crossing(pipeline, tensor)
+    assert rate is not None and pipeline.formula_s(rate) == pytest.approx(tensor.formula_s(rate))
+    assert crossing(pipeline, Server("twice as fast", 1, 0.05)) is None
+
+
+def test_queueing_differs_from_lindleys_recursion_by_nothing(reproduced):
+    folder, _ = reproduced
+    summary = json.loads((folder / "queueing" / "summary.json").read_text())
+    assert summary["worst_error_to_recursion"] < 1e-6
+    assert len(summary["points"]) == 21
+
+
+def test_phase_tradeoffs_agree_with_the_profile(reproduced):
+    from ds_jax.latency import load
+
+    folder, _ = reproduced
+    summary = json.loads((folder / "phase_tradeoffs" / "summary.json").read_text())
+    step = load("configs/latency/a100_80g_opt_13b.json").step_time(1)
+    assert summary["batching"]["prefill_tokens_per_s"]["512"][0] == pytest.approx(512 / step.step_s([(0, 512)], 0, 0))
+    assert summary["batching"]["decode_tokens_per_s"]["256"][0] == pytest.approx(1 / step.step_s((), 1, 256))
+    assert summary["prefill"]["speed_up"] > 1
+
+
+def test_the_page_is_whole_and_fetches_nothing(reproduced):
+    folder, printed = reproduced
+    text = (folder / "index.html").read_text()
+    assert "queueing" in printed and "failed" not in printed
+    assert text.count("data:image/svg+xml;base64,") == 4
+    assert "http:" not in text and "https:" not in text and "<script" not in text
+    Balanced().check(text)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {"queueing", "phase_tradeoffs", "goodput"} <= set(summary["experiments"])
+    for one in summary["compared"]:
+        assert one["what"] and one["published"] and one["ours"] and one["why"]
+
+
+def test_a_failed_experiment_is_shown_as_failed_and_markup_is_escaped(tmp_path):
+    outcomes = [
+        Outcome(Experiment("one", "one", "The first <b>"), 1.0, "one: it is <broken>"),
+        Outcome(Experiment("two", "two", "The second"), 2.0, "", "printed & done", {"extrapolated": True}),
+    ]
+    text = page(outcomes, rows([Compared("a < b", "1", "2", "why", extrapolated=True)]), quick=False)
+    assert "failed: one: it is &lt;broken&gt;" in text and "a &lt; b" in text and "printed &amp; done" in text
+    assert text.count('class="mark"') == 3
+    Balanced().check(text)
+
+
+def test_unknown_experiments_are_refused_in_one_sentence(tmp_path):
+    command = [sys.executable, "-m", "experiments.reproduce", f"--output_dir={tmp_path}", "--only=nonsense"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "--only: 'nonsense' must be one of queueing" in done.stderr
+
+
+class Balanced(html.parser.HTMLParser):
+    """Every element that is opened is closed, in order."""
+
+    def check(self, text: str) -> None:
+        self.open: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in {"meta", "img", "br"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("limit", [0.05, 0.7, 9.0, 60.0])
+def test_the_rate_of_a_share_is_found_from_far_away(limit):
+    asked = []
+
+    def share_at(rate: float) -> float:
+        asked.append(rate)
+        return 1.0 - 0.1 * rate / limit  # 0.9 at the limit
+
+    assert rate_at(share_at, 0.9, first=1.0) == pytest.approx(limit, rel=1e-6)
+    assert len(asked) == len(set(asked)) < 25
+
+
+def test_a_share_that_is_never_reached_or_never_lost_ends():
+    assert rate_at(lambda rate: 0.5, 0.9) == 0.0
+    assert rate_at(lambda rate: 1.0, 0.9, highest=50.0) >= 50.0
+
+
+def test_shares_of_what_was_served_are_counted_by_hand():
+    served = Served(1.0, np.array([0.1, 0.3, np.inf, 0.2]), np.array([0.05, 0.05, np.inf, 0.2]), np.zeros((4, 5)),
+                    np.full(4, 9), 1)  # fmt: skip
+    slo = SloConfig(0.25, 0.1)
+    assert served.shares(slo) == (0.25, 0.5, 0.5)
+    assert served.share(slo, 2.0) == 0.75
+    low, high = served.interval(slo)
+    assert 0 <= low < 0.25 < high <= 1
+
+
+def test_every_system_serves_every_request_of_every_workload():
+    for index, one in enumerate(EVALUATIONS):
+        unit = pair(one.prefill, one.decode)
+        for system in (
+            System("DistServe", "disaggregated", unit),
+            System("vLLM", "colocated", mixed(Shape(one.vllm_tp, 1))),
+            System("DeepSpeed-MII", "chunked", mixed(Shape(one.vllm_tp, 1)), MII),
+            System("multiplexed", "multiplexed", multiplexing(unit), foretells=True),
+        ):
+            served = serve(small(index, 12), system, 0.2)
+            assert len(served.ttft_s) == 12 and served.rejected == 0, (one.name, system.name)
+            assert np.isfinite(served.ttft_s).all() and (served.stages_s >= 0).all()
+
+
+def test_a_lone_phase_has_only_its_own_latency():
+    one = EVALUATIONS[0]
+    system = System("DistServe", "disaggregated", pair(one.prefill, one.decode))
+    prefill = serve(small(0), replace(system, unit=replace(system.unit, groups=system.unit.groups[:1])), 0.1,
+                    phases=(Role.PREFILL,))  # fmt: skip
+    assert (prefill.outputs == 1).all() and (prefill.tpot_s == 0).all()
+
+
+def test_a_goodput_is_where_the_curve_crosses_and_targets_are_scaled_from_the_same_run():
+    plan = small(0)
+    system = System("DistServe", "disaggregated", pair(Shape(2, 1), Shape(1, 1)))
+    found = study(plan, system, 3.0)
+    curve = {point["rate"]: point["both"] for point in found["curve"]}
+    inside = [rate for rate, both in curve.items() if both >= 0.9]
+    outside = [rate for rate, both in curve.items() if both < 0.9]
+    assert max(inside) <= found["goodput_90"] * 1.001 and min(outside) >= found["goodput_90"] * 0.999
+    assert found["goodput_99"] <= found["goodput_90"]
+    scaled = tighten(plan, system, found["goodput_90"])
+    assert scaled["values"] == sorted(scaled["values"]), "wider targets hold more requests"
+    assert scaled["tightest"] == pytest.approx(1.0, abs=0.1)
+
+
+def test_results_come_in_the_order_of_the_jobs():
+    assert parallel(divmod, [(7, 2), (9, 4)], "divisions", workers=1) == [(3, 1), (2, 1)]
+
+
+def test_published_ratios_are_those_of_the_paper():
+    assert [one.goodput_over_vllm for one in EVALUATIONS] == [4.60, 2.75, 1.99, 5.72, 4.24]
+    assert [one.slo_over_vllm for one in EVALUATIONS] == [1.74, 3.14, 1.77, 1.35, 12.59]
+    assert [one.prefill.gpus + one.decode.gpus for one in EVALUATIONS] == [3, 8, 21, 8, 8]
