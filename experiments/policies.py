@@ -161,7 +161,8 @@ def _results_so_far(folder: Path, config: dict[str, Any]) -> list[dict[str, Any]
     """Of earlier calls with the same settings."""
     path = folder / "results.jsonl"
     found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    return [{key: value for key, value in one.items() if key != "config"} for one in found if one["config"] == config]
+    ours = {(one["workload"], one["policy"]): one for one in found if one.pop("config") == config}
+    return list(ours.values())
 
 
 def tabulate(results: list[dict[str, Any]]) -> tuple[str, list[str]]:
