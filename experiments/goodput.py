@@ -320,7 +320,7 @@ def _draw(output: Any, names: list[str], summary: dict[str, Any]) -> None:
     from experiments.output import PALETTE, axes
 
     for rule, what in (("joint", "same step times and rules"), ("published", "public systems' rules")):
-        figure, panels = axes(2, len(names), width=3.1, height=2.7)
+        figure, panels = axes(2, len(names), width=3.1 if len(names) > 1 else 5.5, height=2.7)
         for column, name in enumerate(names):
             upper, lower = panels[column], panels[len(names) + column]
             entry = summary[name]
@@ -345,7 +345,9 @@ def _draw(output: Any, names: list[str], summary: dict[str, Any]) -> None:
         handles = {
             label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
         }
-        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=6, title=what)
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside upper center", ncols=6 if len(names) > 2 else 3, title=what
+        )
         output.figure(f"fig8_attainment_{rule}", figure)
 
 

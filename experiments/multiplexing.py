@@ -190,6 +190,8 @@ def _compare(label: str, found: dict[str, Any], traced: bool) -> list[Any]:
 
 
 def _draw(output: Any, labels: dict[str, str], found: dict[str, dict[str, Any]]) -> None:
+    from matplotlib.ticker import NullFormatter
+
     from experiments.output import PALETTE, axes
 
     figure, panels = axes(3, len(labels), width=4.0, height=2.5)
@@ -205,6 +207,8 @@ def _draw(output: Any, labels: dict[str, str], found: dict[str, dict[str, Any]])
         lower.axhline(100, color="#777777", lw=1, ls=":")
         upper.set(ylabel="inside both, %", ylim=(0, 103))
         middle.set(ylabel="P90 TTFT, s", yscale="log")
+        middle.yaxis.set_major_formatter("{x:g}")
+        middle.yaxis.set_minor_formatter(NullFormatter())
         lower.set(ylabel="P90 TPOT, ms", xlabel="requests/s per GPU (extrapolated)", ylim=(0, 250))
         upper.set_title(label, loc="left")
     handles, names = panels[0].get_legend_handles_labels()

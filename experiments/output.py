@@ -64,6 +64,7 @@ def axes(rows: int = 1, columns: int = 1, *, width: float = 4.2, height: float =
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
+        "axes.axisbelow": True,
         "grid.alpha": 0.25,
         "font.size": 9,
         "legend.frameon": False,

@@ -23,6 +23,7 @@ from typing import Any
 from absl import flags
 
 from ds_jax.flags import CHECKOUT, run
+from experiments.gathered import REFERENCES, gather
 from experiments.page import Experiment, Outcome, page
 
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for the page and all results.", required=True)
@@ -76,16 +77,6 @@ def experiments(runs: str | None, mooncake: str | None, folder: Path) -> list[Ex
     return [one for one in found if (CHECKOUT / "experiments" / f"{one.module}.py").is_file()]
 
 
-REFERENCES = (
-    ("13b_200", "13b", 0.2, 0.1, 1.56, None, "prefill tp2, decode tp1"),
-    ("13b_250", "13b", 0.25, 0.1, 2.11, 1.41, ""),
-    ("66b_400", "66b", 0.4, 0.1, 0.33, 0.20, ""),
-    ("66b_2500", "66b", 2.5, 0.15, 0.95, 0.38, ""),
-)
-"""Of the public simulator, ShareGPT lengths: name, model, targets, requests/s per GPU of DistServe, of the best vLLM,
-and the placement."""
-
-
 def attempt(experiment: Experiment, folder: Path, quick: bool, limit_s: float) -> Outcome:
     """Run one experiment to its end, its failure, or its limit."""
     command = [
@@ -130,40 +121,6 @@ def left(experiment: Experiment, folder: Path) -> Outcome:
     return Outcome(experiment, seconds, "", printed, summary, tuple(sorted(place.glob("*.svg"))))
 
 
-def compared_of(outcome: Outcome) -> list[dict[str, Any]]:
-    """Rows of the table of published numbers that an experiment gives."""
-    from experiments.published import DISTSERVE, PUBLIC_SIMULATOR, Compared
-
-    rows: list[dict[str, Any]] = list(outcome.summary.get("compared", []))
-    name, summary = outcome.experiment.name, outcome.summary
-    for reference, model, ttft, tpot, distserve, vllm, placement in REFERENCES:
-        if name == f"public_search_{reference}" and summary:
-            what = f"OPT-{model.upper()}, ShareGPT, {ttft:g}/{tpot:g} s: requests/s per GPU"
-            mine = f"{summary['goodput_per_gpu']:.2f}, {summary['placements']['disaggregated']['unit']}"
-            colocated = summary.get("best_colocated_goodput_per_gpu")
-            text = f"{distserve:g}" + (f", {placement}" if placement else "")
-            why = (
-                "Same rule (P90s apart, 300 requests, steps of 0.16). Ours has the public code's serial decode loop, "
-                "swap, limited KV and host work, which its simulator leaves out; lengths are drawn from quantiles."
-            )
-            rows.append(asdict(Compared(what, text, mine, why, PUBLIC_SIMULATOR)))
-            if vllm is not None:
-                told = "none" if colocated is None else f"{colocated:.2f}, {summary['placements']['colocated']['unit']}"
-                rows.append(asdict(Compared(what + ", best vLLM", f"{vllm:g}", told, why, PUBLIC_SIMULATOR)))
-    if name.startswith("placement_search_") and summary:
-        published = {"13b": "2,1 / 1,1", "66b": "4,1 / 2,2", "175b": "3,3 / 4,3"}[name.rsplit("_", 1)[1]]
-        ours = "{prefill_tp},{prefill_pp} / {decode_tp},{decode_pp}".format(**summary)
-        rows.append(
-            asdict(
-                Compared(
-                    f"{outcome.experiment.shows}: (tp,pp) prefill / decode", published, ours,
-                    f"{summary['verdict']}", DISTSERVE, bool(summary["extrapolated"]),
-                )
-            )
-        )  # fmt: skip
-    return rows
-
-
 def main(argv: list[str]) -> None:
     """Run, gather, write the page."""
     from tqdm import tqdm
@@ -184,7 +141,6 @@ def main(argv: list[str]) -> None:
                    "experiments": [asdict(one) for one in every]})  # fmt: skip
     begin = time.perf_counter()
     outcomes: list[Outcome] = []
-    compared: list[dict[str, Any]] = []
     with tqdm(every, unit="experiment", leave=False) as bar:
         for one in bar:
             bar.set_description(one.name)
@@ -193,11 +149,9 @@ def main(argv: list[str]) -> None:
             else:
                 outcomes.append(attempt(one, folder, _QUICK.value, _LIMIT_S.value))
             # The page grows with every experiment, so that there is one however this ends.
-            output.text(
-                "index.html", page(outcomes, [row for each in outcomes for row in compared_of(each)], _QUICK.value)
-            )
+            output.text("index.html", page(outcomes, gather(outcomes), _QUICK.value))
     seconds = time.perf_counter() - begin
-    compared = [row for each in outcomes for row in compared_of(each)]
+    compared = gather(outcomes)
     output.summary(
         {
             "seconds": seconds,

@@ -15,6 +15,7 @@ from ds_jax.config import SloConfig
 from ds_jax.placement.layouts import Shape
 from ds_jax.protocol import Role
 from experiments.curves import study, tighten
+from experiments.gathered import gather
 from experiments.md1 import Server, crossing
 from experiments.page import Experiment, Outcome, page
 from experiments.published import Compared, rows
@@ -88,6 +89,24 @@ def test_a_failed_experiment_is_shown_as_failed_and_markup_is_escaped(tmp_path):
     assert "failed: one: it is &lt;broken&gt;" in text and "a &lt; b" in text and "printed &amp; done" in text
     assert text.count('class="mark"') == 3
     Balanced().check(text)
+
+
+def test_rows_are_made_of_summaries_and_what_was_not_run_says_so():
+    search = {"goodput_per_gpu": 1.5, "configurations": 15, "simulated": 12, "search_s": 3.0,
+              "placements": {"disaggregated": {"unit": "two", "goodput_per_gpu": 1.5}}}  # fmt: skip
+    real = {"attainment": 0.9, "tpot_p90_s": 0.5}
+    run = {"run": "disagg_d-tp1pp1", "requests": 300, "rate": 6.0, "error_points": -2.0, "real": real,
+           "simulated": {"attainment": 0.88, "tpot_p90_s": 0.4}}  # fmt: skip
+    outcomes = [
+        Outcome(Experiment("public_search_13b_250", "placement_search", ""), 1.0, summary=search),
+        Outcome(Experiment("simulator_accuracy", "simulator_accuracy", ""), 1.0, summary={"runs": [run]}),
+    ]
+    told = {(one["what"], one["published"]): one["ours"] for one in gather(outcomes)}
+    assert told["OPT-13B, ShareGPT, 0.25/0.1 s: requests/s per GPU", "2.11"] == "1.50, two"
+    assert told["OPT-13B, ShareGPT, 0.25/0.1 s: requests/s per GPU, best vLLM", "1.41"] == "none"
+    assert told["error against real A100 runs, decode tp1 pp1", "mean 3.0 points, at most 10"].startswith("mean 2.0")
+    assert told["error against real A100 runs, colocated", "mean 5.5 points, at most 9.2"].startswith("not run")
+    assert told["P90 TPOT past saturation, real 575 ms", "110 ms simulated"].startswith("400 ms (real 500 ms")
 
 
 def test_unknown_experiments_are_refused_in_one_sentence(tmp_path):
