@@ -331,7 +331,7 @@ def tune(bench: Bench, policy: str, *, length_s: float, seed: int, share: float,
             alive = passed
         else:
             high = rate
-            if not low:
+            if not low or max(attained) >= share - 0.1:  # a near miss tells more than a rate that all pass
                 best = top
         if high and low:
             rounds -= 1
