@@ -15,15 +15,21 @@ from experiments.systems import System, hardware, rate_at, serve
 SHARES = (0.9, 0.99)
 FRACTIONS = (0.4, 0.7, 1.15, 1.5, 2.0)
 """Rates of the curve beside those that the goodputs needed, in shares of the goodput."""
+FEW_REQUESTS = 150
 SCALES = (0.3, 0.45, 0.6, 0.75, 0.9, 1.0, 1.25, 1.6, 2.0)
 
 
 def find(plan: PlanConfig, policy: str) -> tuple[Unit | None, str]:
-    """The unit that the search finds, or None and why there is none."""
-    plan = replace(plan, policy=policy, search=replace(plan.search, workers=1))
-    with PlacementSearch(plan, hardware(plan).arch) as search:
+    """The unit that the search finds, or None and why there is none.
+
+    Coarsely: what it is worth is found out later, in longer runs.
+    """
+    count = min(plan.search.requests or FEW_REQUESTS, FEW_REQUESTS)
+    search = replace(plan.search, workers=1, requests=count, precision=max(plan.search.precision, 0.05))
+    plan = replace(plan, policy=policy, search=search)
+    with PlacementSearch(plan, hardware(plan).arch) as searching:
         try:
-            return search.place(policy).unit, ""
+            return searching.place(policy).unit, ""
         except Infeasible as error:
             return None, str(error)
 
