@@ -77,7 +77,13 @@ def main(argv: list[str]) -> None:
         sized = replace(
             plan,
             affinity=affinity,
-            cluster=replace(plan.cluster, nodes=nodes, gpus_per_node=gpus),
+            cluster=replace(
+                plan.cluster,
+                nodes=nodes,
+                gpus_per_node=gpus,
+                # High affinity means fast links between nodes: InfiniBand, 800 Gbit/s.
+                network_gbits=800.0 if affinity == "high" else plan.cluster.network_gbits,
+            ),
             search=replace(plan.search, cache=""),
         )
         row = {"cluster": name, "gpus": nodes * gpus, "affinity": affinity}
