@@ -126,6 +126,8 @@ def main(argv: list[str]) -> None:
     ticks = sorted({row["gpus"] for row in done} | {32})
     panel.set_xticks(ticks, [str(tick) for tick in ticks])
     panel.minorticks_off()
+    panel.set_yticks([1, 3, 10, 30, 100], ["1", "3", "10", "30", "100"])
+    panel.set_ylim(min([1.0, *(row["seconds"] for row in done)]) / 1.5, 150)
     panel.set_title(f"{plan.model.split('/')[-1]} on {cores} cores, load average {load:.1f}", loc="left")
     panel.legend()
     output.figure("fig12_search_time", figure)
