@@ -185,14 +185,13 @@ def _compare(label: str, found: dict[str, Any], traced: bool) -> list[Any]:
                      True),
             Compared(f"{label}: P90 TPOT against colocated", f"{PUBLISHED['tpot_better']}x better at the same P90 TTFT",
                      f"{mixed['tpot_p90_s'] / mine['tpot_p90_s']:.2f}x better; P90 TTFT "
-                     f"{mine['ttft_p90_s']:.3g} s against {mixed['ttft_p90_s']:.3g} s, {rate}", why + stand_in, TROPICAL, True),
+                     f"{mine['ttft_p90_s']:.3g} s against {mixed['ttft_p90_s']:.3g} s, {rate}", why + stand_in,
+                     TROPICAL, True),
         ]  # fmt: skip
     return compared
 
 
 def _draw(output: Any, labels: dict[str, str], found: dict[str, dict[str, Any]]) -> None:
-    from matplotlib.ticker import NullFormatter
-
     from experiments.output import PALETTE, axes
 
     figure, panels = axes(3, len(labels), width=4.0, height=2.5)
@@ -207,9 +206,7 @@ def _draw(output: Any, labels: dict[str, str], found: dict[str, dict[str, Any]])
         upper.axhline(90, color="#777777", lw=1, ls=":")
         lower.axhline(100, color="#777777", lw=1, ls=":")
         upper.set(ylabel="inside both, %", ylim=(0, 103))
-        middle.set(ylabel="P90 TTFT, s", yscale="log")
-        middle.yaxis.set_major_formatter("{x:g}")
-        middle.yaxis.set_minor_formatter(NullFormatter())
+        middle.set(ylabel="P90 TTFT, s", ylim=(0, None))
         lower.set(ylabel="P90 TPOT, ms", xlabel="requests/s per GPU (extrapolated)", ylim=(0, 250))
         upper.set_title(label, loc="left")
     handles, names = panels[0].get_legend_handles_labels()
