@@ -189,8 +189,8 @@ def _compare(kind: str, found: dict[str, dict[str, Any]], slo: Any) -> Any:
         "colocated": f"TPOT binds: TTFT alone would allow {public['ttft_alone']:.2f}. With our rules a step costs no "
         f"host work and all systems have DistServe's faster kernels: TPOT allows {ours['tpot_alone']:.2f}.",
         "prefill": "An M/D/1 queue: the step time of one prompt decides. At the published rate our P90 TTFT is "
-        f"{1e3 * public['at_published_rate']['ttft_p90_s']:.0f} ms, far inside {1e3 * slo.ttft_s:.0f} ms: the "
-        "fits, published later, have faster prompts than that figure had, or its target was tighter.",
+        f"{1e3 * public['at_published_rate']['ttft_p90_s']:.0f} ms, far inside {1e3 * slo.ttft_s:.0f} ms: "
+        "its prompts took longer than the published fits say, or its target was tighter.",
         "decode": "TPOT is a mean over 63 steps, which hardly differ: all requests are in time until the batch that "
         "the rate needs has a step longer than the target, host work included.",
         "2 prefill + 1 decode": "The one decode GPU sets the rate, as published (10 / 3): "
