@@ -9,5 +9,5 @@ config = PlanConfig(
     affinity="high",
     cluster=ClusterConfig(nodes=1, gpus_per_node=8),
     slo=SloConfig(ttft_s=1.0, tpot_s=0.1),
-    search=SearchConfig(requests=300, precision=0.05),
+    search=SearchConfig(requests=500, precision=0.1),
 )

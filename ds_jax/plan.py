@@ -82,8 +82,8 @@ class PlanConfig:
     slots: int = 256
     """Sequences that one instance decodes in a step, per pipeline stage."""
     affinity: Literal["high", "low"] = "high"
-    """high: fast links between all nodes, each phase is placed alone (Algorithm 1); low: a prefill and a decode instance
-    share nodes stage by stage, so that KV stays on the fast links (Algorithm 2)."""
+    """high: fast links between all nodes, each phase is placed alone (Algorithm 1); low: a prefill and a decode
+    instance share nodes stage by stage, so that KV stays on the fast links (Algorithm 2)."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     slo: SloConfig = field(default_factory=lambda: SloConfig(ttft_s=0.25, tpot_s=0.1))
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)

@@ -59,8 +59,8 @@ def axes(rows: int = 1, columns: int = 1, *, width: float = 4.2, height: float =
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {
-        "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
+    style: Any = {
+        "axes.prop_cycle": plt.cycler(color=PALETTE),
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,

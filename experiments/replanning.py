@@ -226,8 +226,8 @@ def _draw(output: Any, inside: dict[str, list[tuple[float, bool]]], starts_s: li
     for start_s in starts_s[1:]:
         panel.axvline(start_s, color="#999999", linestyle=":", linewidth=1)
     for index, change in enumerate(changes):
-        label = "replanning" if index == 0 else None
-        panel.axvspan(change.shift.at_ns / 1e9, change.up_ns / 1e9, color="#ccbb44", alpha=0.3, label=label)
+        name = "replanning" if index == 0 else None
+        panel.axvspan(change.shift.at_ns / 1e9, change.up_ns / 1e9, color="#ccbb44", alpha=0.3, label=name)
     panel.axhline(90, color="#999999", linewidth=0.8)
     panel.set_xlabel("time, s (dotted: the workload shifts)")
     panel.set_ylabel("requests inside both targets, %")

@@ -26,6 +26,11 @@ from ds_jax.simulation import PlacedLatency
 from ds_jax.workload import Lengths, Submission, submissions
 from ds_jax.workload.monitor import Observation, Shift, ShiftTest, pattern_of
 
+HEADROOM = 1.25
+"""A fleet that serves so many times the present rate has no need to change."""
+GAIN = 1.15
+"""Another fleet must serve so many times as much to be worth a change."""
+
 Fleet = tuple[Group, Group]
 """All prefill and all decode instances of a cluster."""
 
@@ -70,12 +75,16 @@ class Replanner:
         self.cost = cost or ChangeCost()
         self.gpus = plan.cluster.nodes * plan.cluster.gpus_per_node
 
-    def fleet(self, history: Sequence[Observation]) -> Fleet:
+    def fleet(self, history: Sequence[Observation], now: Fleet | None = None) -> Fleet:
         """The prefill and decode instances that together serve the most requests like these.
 
         Each shape's goodput is found for each phase alone, as in Algorithm 1, if it is not far below the best one's;
         then every pair of shapes and counts that
         the cluster has GPUs for is weighed by min(prefill, decode). Of equals the one with the fewest GPUs at work.
+
+        Args:
+            now: the fleet that there is. It stays as long as it can serve HEADROOM times the rate of the history, or as
+                no other serves GAIN times as much.
 
         Raises:
             Infeasible: no pair of shapes serves these requests inside the targets.
@@ -84,7 +93,9 @@ class Replanner:
         options: dict[Role, list[tuple[Shape, float]]] = {}
         with search:
             for role in BOTH:
-                units = [Unit((Group(role, shape),)) for shape in shapes(self.arch, self.plan, self._most_gpus())]
+                present = [group.shape for group in now or () if group.role is role]
+                possible = shapes(self.arch, self.plan, self._most_gpus())
+                units = [Unit((Group(role, shape),)) for shape in dict.fromkeys(present + possible)]
                 judged = search.judge(
                     [Candidate(unit, "disaggregated", (role,)) for unit in units], f"{role} alone", within=0.6
                 )
@@ -105,10 +116,16 @@ class Replanner:
                         best = (*key, fleet)
         if best is None:
             raise Infeasible(f"no instances serve {pattern_of(list(history))} inside the targets on {self.gpus} GPUs")
+        if now is not None:
+            rates = {role: dict(found) for role, found in options.items()}
+            served = min(group.instances * rates[group.role].get(group.shape, 0.0) for group in now)
+            if served >= HEADROOM * pattern_of(list(history)).rate or served * GAIN >= best[0]:
+                return now
         return best[2]
 
     def _most_gpus(self) -> int:
-        return min(self.plan.cluster.gpus_per_node, self.gpus - 1)
+        """Of one instance: both phases need one, and a cluster with a single one of each is hard to balance."""
+        return min(self.plan.cluster.gpus_per_node, max(1, self.gpus // 2))
 
     def _like(self, history: Sequence[Observation]) -> Requests:
         """Requests with lengths drawn from the history, arriving at random."""
@@ -152,7 +169,7 @@ class Replanner:
             if len(history) < settle:
                 continue
             shift, pending = pending, None
-            wanted = self.fleet(history)
+            wanted = self.fleet(history, fleet)
             if wanted != fleet:
                 change = self._change(shift, fleet, wanted, one.arrival_ns)
                 changes.append(change)
