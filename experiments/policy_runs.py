@@ -318,7 +318,8 @@ def tune(bench: Bench, policy: str, *, length_s: float, seed: int, share: float,
     best, tried = alive[0], 0
     low, high = 0.0, 0.0
     rate = scenario.guess
-    while tried == 0 or high == 0.0 or rounds > 0:
+    while not (low and high) or rounds > 0:
+        rounds -= bool(low and high)
         attained = []
         for candidate in alive:
             outcome = bench.outcome(candidate, rate, length_s, seed, 0.0)
@@ -334,7 +335,6 @@ def tune(bench: Bench, policy: str, *, length_s: float, seed: int, share: float,
             if not low or max(attained) >= share - 0.1:  # a near miss tells more than a rate that all pass
                 best = top
         if high and low:
-            rounds -= 1
             rate = (low * high) ** 0.5
         elif high:
             rate /= 1.6
