@@ -10,6 +10,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from absl import flags
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -60,3 +61,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         reason = f"needs a GPU, but JAX found only the platform {jax.default_backend()}"
     for item in marked:
         item.add_marker(pytest.mark.skip(reason=reason))
+
+
+_define = flags.FlagValues.__setitem__
+
+
+def _define_again(values: flags.FlagValues, name: str, flag: flags.Flag) -> None:
+    """Launchers define flags of the same names, which is an error in one process; here many are imported into one."""
+    flag.allow_override = True
+    _define(values, name, flag)
+
+
+flags.FlagValues.__setitem__ = _define_again  # type: ignore[method-assign]

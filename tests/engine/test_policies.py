@@ -143,9 +143,13 @@ def test_the_trace_has_aborts_and_preemptions_of_the_kind_that_was_asked_for(ser
 
 
 def test_a_policy_uses_what_is_compiled_for_it(served: Run) -> None:
-    """Steps with chunks and decodes together come where there are programs for them, and nowhere else."""
+    """Steps with chunks and decodes together come where there are programs for them, and nowhere else.
+
+    `deflected` mixes as the slack of its decodes allows, which in real time may be never.
+    """
     steps = [one.step for entry in served.log.entries for one in entry.commands if isinstance(one, protocol.Run)]
-    assert any(step.prefills and step.decodes for step in steps) == served.config.mixes
+    mixed = any(step.prefills and step.decodes for step in steps)
+    assert mixed == served.config.mixes or (not mixed and served.config.policy == "deflected")
 
 
 def test_a_fresh_scheduler_answers_the_log_with_the_same_commands(served: Run) -> None:
