@@ -163,6 +163,12 @@ class VirtualTime:
         """Sequences that have arrived and not ended."""
         return list(self._left)
 
+    def schedule(self, at_ns: int, event: Event) -> None:
+        """One more event of the world outside, decided on while the run goes on."""
+        if at_ns < self.now_ns:
+            raise ValueError(f"{event!r} at {at_ns} ns is in the past: it is {self.now_ns} ns")
+        self._at(at_ns, event)
+
     def run(self, events: Iterable[tuple[int, Event]], requests: Iterable[Submission]) -> None:
         """Deliver the events and arrivals, and answer all commands that follow from them."""
         for at_ns, event in events:
