@@ -13,9 +13,9 @@ that come, go and drain. `Worker` is what the decisions look at.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Many
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ds_jax.config import SchedulerConfig
 from ds_jax.protocol import (
@@ -30,7 +30,6 @@ from ds_jax.protocol import (
     InstanceUp,
     Prefill,
     Reject,
-    Request,
     Role,
     Run,
     SetTimer,
@@ -169,23 +168,7 @@ class Policy:
         """Take one event in, then plan whatever it made possible."""
         self.now_ns = now_ns
         commands = self._commands = list[Command]()
-        match event:
-            case StepDone():
-                self._on_step_done(event)
-            case Arrived(request):
-                self._on_arrived(request)
-            case Stopped(sequence):
-                self._end(sequence)
-            case CopyDone(copy, ok):
-                self._on_copy_done(copy, ok)
-            case InstanceUp(instance):
-                self._on_instance_up(instance)
-            case InstanceLost(instance, epoch):
-                self._on_instance_lost(instance, epoch)
-            case Drain(instance):
-                self._on_drain(instance)
-            case Timer(key):
-                self._on_timer(key)
+        self._HEAR[type(event)](self, event)
         self.dispatch()
         self._plan()
         return commands
@@ -216,7 +199,8 @@ class Policy:
 
     # --- requests come and go -----------------------------------------------------------------------------------------
 
-    def _on_arrived(self, request: Request) -> None:
+    def _on_arrived(self, event: Arrived) -> None:
+        request = event.request
         family = [Sequence(request, self._arrivals + index, id) for index, id in enumerate(request.sequences)]
         self._arrivals += request.n
         leader, *forks = family
@@ -257,12 +241,15 @@ class Policy:
                 return f"n = {sequence.request.n} must be at most {rows}, the prompts that one prefill step holds"
         return None
 
-    def _on_timer(self, key: str) -> None:
-        kind, _, sequence = key.partition(":")
+    def _on_timer(self, event: Timer) -> None:
+        kind, _, sequence = event.key.partition(":")
         if kind != "deadline":
-            self.on_timer(key)
+            self.on_timer(event.key)
         elif int(sequence) in self.sequences:
             self.reject(self.sequences[int(sequence)], "the deadline has passed")
+
+    def _on_stopped(self, event: Stopped) -> None:
+        self._end(event.sequence)
 
     def _end(self, id: int) -> None:
         """The sequence is over, wherever it is. What is in flight still pins its pages."""
@@ -285,6 +272,8 @@ class Policy:
         if isinstance(sequence.home, Worker):
             self.touch(sequence.home)
         match sequence.phase:
+            case Phase.RUNNING | Phase.LANDED:
+                sequence.home.decoding.remove(sequence)
             case Phase.FOLLOWING:
                 sequence.home.forks.remove(sequence)
             case Phase.WAITING:
@@ -296,8 +285,6 @@ class Policy:
                 self._withdraw(sequence)
             case Phase.COPYING:
                 self._cancel_copy(self._flight.copy_of(sequence))
-            case Phase.LANDED | Phase.RUNNING:
-                sequence.home.decoding.remove(sequence)
             case Phase.LEAVING:
                 self._give_up_swap(sequence)
             case Phase.SWAPPED:
@@ -427,16 +414,16 @@ class Policy:
         flight.sequence.copy = None
         self.touch(worker)
 
-    def _on_copy_done(self, copy: int, ok: bool) -> None:
-        flight = self._flight.land_copy(copy)
+    def _on_copy_done(self, event: CopyDone) -> None:
+        flight = self._flight.land_copy(event.copy)
         if flight is None:
             return
         sequence, (source, source_lease), (destination, lease) = flight.sequence, flight.source, flight.destination
         self.touch(source)
         self.touch(destination)
-        if sequence.copy != copy:
+        if sequence.copy != event.copy:
             return  # the sequence ended, or lost one end, while the copy was in flight
-        if ok:
+        if event.ok:
             if source_lease.held:  # those of a sequence that is swapped out were given up before
                 source_lease.ledger.drop(source_lease)
             destination.decoding.receive(sequence, lease)
@@ -451,12 +438,13 @@ class Policy:
 
     # --- instances come and go ----------------------------------------------------------------------------------------
 
-    def _on_instance_up(self, instance: Instance) -> None:
+    def _on_instance_up(self, event: InstanceUp) -> None:
+        instance = event.instance
         if instance.role not in self.roles:
             name = type(self).__name__.lower()
             raise ValueError(f"policy {name} has no use for instance {instance.id} of role {instance.role}")
         if (old := self.workers.get(instance.id)) is not None:
-            self._on_instance_lost(instance.id, old.instance.epoch)
+            self._lose(instance.id, old.instance.epoch)
         self._known[instance.id] = instance
         options = self.options
         self.workers[instance.id] = worker = Worker(
@@ -474,7 +462,10 @@ class Policy:
                 else:
                     self._wait_for_prefill(sequence, replay=True)
 
-    def _on_instance_lost(self, instance: int, epoch: int) -> None:
+    def _on_instance_lost(self, event: InstanceLost) -> None:
+        self._lose(event.instance, event.epoch)
+
+    def _lose(self, instance: int, epoch: int) -> None:
         lost = self.workers.get(instance)
         if lost is None or lost.instance.epoch != epoch:
             return
@@ -501,9 +492,9 @@ class Policy:
         elif sequence.phase is Phase.READY and lost.decoding.withdraw(sequence):
             self._hand_over(sequence)
 
-    def _on_drain(self, instance: int) -> None:
+    def _on_drain(self, event: Drain) -> None:
         """No new work; what waits here moves to another instance, if there is one."""
-        worker = self.workers.get(instance)
+        worker = self.workers.get(event.instance)
         if worker is None:
             return
         worker.draining = True
@@ -516,6 +507,17 @@ class Policy:
                 worker.decoding.withdraw(sequence)
                 self._hand_over(sequence)
 
+    _HEAR: ClassVar[dict[type[Event], Callable[[Policy, Any], None]]] = {
+        Arrived: _on_arrived,
+        Stopped: _on_stopped,
+        StepDone: _on_step_done,
+        CopyDone: _on_copy_done,
+        InstanceUp: _on_instance_up,
+        InstanceLost: _on_instance_lost,
+        Drain: _on_drain,
+        Timer: _on_timer,
+    }
+
 
 def _holds(sequence: Sequence, instance: Instance) -> bool:
     return sequence.most_tokens <= instance.pages * instance.page_size
@@ -523,8 +525,9 @@ def _holds(sequence: Sequence, instance: Instance) -> bool:
 
 def _fits(sequence: Sequence, instance: Instance, prefill: bool) -> bool:
     """Its pages fit into the pool and, where it is prefilled, its forks beside it into one step."""
-    rows = 1 + len(sequence.forks)
-    return _holds(sequence, instance) and (not prefill or rows <= instance.max_step_sequences)
+    return sequence.most_tokens <= instance.pages * instance.page_size and (
+        not prefill or len(sequence.forks) < instance.max_step_sequences
+    )
 
 
 def _by_age(sequences: Iterable[Sequence]) -> list[Sequence]:

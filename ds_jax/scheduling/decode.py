@@ -71,10 +71,12 @@ class Decoding:
         sequence = next(iter(self.inbox.values()), None)
         if sequence is None or self.swapped or (self.waiting_pages and self.waiting_pages >= self._pull_limit):
             return None
-        relatives = [relative for relative in sequence.family if relative is not sequence]
-        if any(relative.copy is not None and self._receives(relative, flight) for relative in relatives):
-            return None  # its pages can be shared as soon as they have landed
-        shared = next((self._shareable(relative) for relative in relatives if self._holds(relative)), [])
+        shared: list[int] = []
+        if len(sequence.family) > 1:
+            relatives = [relative for relative in sequence.family if relative is not sequence]
+            if any(relative.copy is not None and self._receives(relative, flight) for relative in relatives):
+                return None  # its pages can be shared as soon as they have landed
+            shared = next((self._shareable(relative) for relative in relatives if self._holds(relative)), [])
         if not self._ledger.can_take(sequence.tokens, len(shared)):
             return None
         self.withdraw(sequence)

@@ -64,6 +64,7 @@ class Sequence:
         "id",
         "joined",
         "lease",
+        "most_tokens",
         "order",
         "phase",
         "pinned",
@@ -82,6 +83,8 @@ class Sequence:
         self.id = request.id if id is None else id
         self.order = order
         """Place in the order of arrival: lower is older."""
+        self.most_tokens = request.prompt_tokens + request.max_tokens - 1
+        """Most tokens that will ever need KV: the last one sampled is never fed back."""
         self.arrived_ns = 0
         self.first_ns: int | None = None
         """When its first token was heard of."""
@@ -140,11 +143,6 @@ class Sequence:
     def tokens(self) -> int:
         """Tokens whose values are known: prompt and confirmed output."""
         return self.request.prompt_tokens + self.emitted
-
-    @property
-    def most_tokens(self) -> int:
-        """Most tokens that will ever need KV: the last one sampled is never fed back."""
-        return self.request.prompt_tokens + self.request.max_tokens - 1
 
     @property
     def has_more(self) -> bool:

@@ -28,6 +28,10 @@ class Worker:
         self.steps_per_lane = steps_per_lane
         self.last_step = [-1] * instance.lanes
         """The step that was last launched on each lane."""
+        self.prefills = instance.role is not Role.DECODE
+        """Whether its role lets it run prompts."""
+        self.decodes = instance.role is not Role.PREFILL
+        """Whether its role lets it generate."""
         self.alive = True
         self.draining = False
         self.host = PageLedger(instance.host_pages, instance.page_size)
@@ -44,16 +48,6 @@ class Worker:
         return Place(self.instance.id, self.instance.epoch, medium)
 
     @property
-    def prefills(self) -> bool:
-        """Whether its role lets it run prompts."""
-        return self.instance.role is not Role.DECODE
-
-    @property
-    def decodes(self) -> bool:
-        """Whether its role lets it generate."""
-        return self.instance.role is not Role.PREFILL
-
-    @property
     def load(self) -> int:
         """Tokens in its pages, promised to it, or waiting for their prefill: what dispatch compares."""
         return self.prompts.load + (self.ledger.used + self.decoding.inbox_pages) * self.instance.page_size
@@ -64,6 +58,8 @@ class Worker:
 
     def free_lane(self) -> int | None:
         """The lane with the fewest steps in flight, if it may have another; of several, the one whose turn it is."""
+        if len(self.in_flight) == 1:
+            return 0 if self.in_flight[0] < self.steps_per_lane else None
         lane = min(range(len(self.in_flight)), key=lambda lane: (self.in_flight[lane], self.last_step[lane]))
         return lane if self.in_flight[lane] < self.steps_per_lane else None
 

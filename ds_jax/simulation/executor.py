@@ -352,16 +352,14 @@ class VirtualTime:
             raise Violation(f"{step}: two steps are in flight on this lane already")
         if self.steps is not None:
             self.steps.setdefault(step.instance, []).append(step)
-        pool = self._instances[step.instance].pages
         for prefill in step.prefills:
             if (batch := self._batch_of.get(prefill.sequence)) is not None:
                 batch.leave_batch(prefill.sequence)
             self._context[prefill.sequence] = prefill.start + prefill.length
-            if prefill.new_pages:
-                _in_range(prefill.new_pages, pool, step)
-        for decode in lane.launch(step):
-            _in_range(decode.new_pages, pool, step)
-        context_tokens = lane.context_tokens if step.decodes else 0
+        context_tokens = 0
+        if step.decodes:
+            lane.launch(step.decodes)
+            context_tokens = lane.context_tokens
         duration_ns = self.latency.step_ns(step, context_tokens)
         host_ns = self._host_ns(step, context_tokens) if self._host_ns is not None else 0
         if lane.running is None:
@@ -371,11 +369,9 @@ class VirtualTime:
             lane.queued = (step, duration_ns, host_ns)
 
     def _copy(self, copy: Copy) -> None:
-        for place, side in ((copy.source, 0), (copy.destination, 1)):
+        for place in (copy.source, copy.destination):
             if not self._lives(place.instance, place.epoch):
                 raise Violation(f"{copy}: epoch {place.epoch} of instance {place.instance} is not alive")
-            if copy.pages:
-                _in_range([pair[side] for pair in copy.pages], self._instances[place.instance].pages, copy)
         self._copies[copy.id] = copy
         begin_ns = self.now_ns
         if self._copies_after_steps and copy.source.instance != copy.destination.instance:
@@ -391,11 +387,6 @@ def _names_one_of(step: Step, lane: Lane) -> bool:
     earlier = [other for other in (lane.running, lane.queued and lane.queued[0]) if other and other.id < step.id]
     named = {work.sequence for other in earlier for work in other.prefills}
     return any(work.sequence in named for work in step.prefills)
-
-
-def _in_range(pages: Iterable[int], pool: int, what: Step | Copy) -> None:
-    if min(pages) < 0 or max(pages) >= pool:
-        raise Violation(f"{what}: pages must be in [0, {pool})")
 
 
 def _in_order(requests: Iterable[Submission]) -> Iterator[Submission]:

@@ -107,11 +107,8 @@ class Lane:
 
     # --- launched -----------------------------------------------------------------------------------------------------
 
-    def launch(self, step: Step) -> Iterable[Decode]:
-        """Take the decodes of a step in; returns those that name new pages."""
-        decodes = step.decodes
-        if not decodes:
-            return ()
+    def launch(self, decodes: Sequence[Decode]) -> None:
+        """Take the decodes of a step in, of which there are some."""
         if decodes is not self._decodes:
             parted, joined = _changes(self._decodes, decodes)
             for sequence in parted:
@@ -125,13 +122,8 @@ class Lane:
                 self._offset[sequence] = tokens - self._launched
                 self.context_tokens += tokens
             self._decodes = decodes
-            grown = getattr(decodes, "grown", None)
-            grown = [decode for decode in decodes if decode.new_pages] if grown is None else grown
-        else:
-            grown = ()
         self._launched += 1
         self.context_tokens += len(decodes)
-        return grown
 
     def leave_batch(self, sequence: int) -> None:
         """The sequence's context is what the last step launched made it, and is not counted here any more."""
