@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+import warnings
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ds_jax.attainment import goodput
@@ -12,35 +13,53 @@ from ds_jax.placement.search import Infeasible, PlacementSearch
 from ds_jax.plan import PlanConfig
 from experiments.systems import System, hardware, rate_at, serve
 
+REQUESTS = {"joint": 1000, "published": 300}
+"""Of one run: to steady state where both targets are asked for together; as the public code's search where not."""
 SHARES = (0.9, 0.99)
-FRACTIONS = (0.4, 0.7, 1.15, 1.5, 2.0)
+FRACTIONS = (0.5, 0.75, 1.25, 1.7)
 """Rates of the curve beside those that the goodputs needed, in shares of the goodput."""
-FEW_REQUESTS = 150
 SCALES = (0.3, 0.45, 0.6, 0.75, 0.9, 1.0, 1.25, 1.6, 2.0)
 
 
-def find(plan: PlanConfig, policy: str) -> tuple[Unit | None, str]:
-    """The unit that the search finds, or None and why there is none.
+@dataclass(frozen=True)
+class Place:
+    """What the search found for one policy."""
 
-    Coarsely: what it is worth is found out later, in longer runs.
-    """
-    count = min(plan.search.requests or FEW_REQUESTS, FEW_REQUESTS)
-    search = replace(plan.search, workers=1, requests=count, precision=max(plan.search.precision, 0.05))
-    plan = replace(plan, policy=policy, search=search)
-    with PlacementSearch(plan, hardware(plan).arch) as searching:
+    unit: Unit | None
+    """None: nothing meets the targets."""
+    goodput: float = 0.0
+    """Requests/s per GPU, as the search found it."""
+    why_none: str = ""
+
+
+def find(plan: PlanConfig, policy: str) -> Place:
+    """The unit that the search finds, by the plan's rule and its number of requests."""
+    plan = replace(plan, policy=policy, search=replace(plan.search, workers=1))
+    with PlacementSearch(plan, hardware(plan).arch) as searching, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # whoever serves the unit tells of its ranges
         try:
-            return searching.place(policy).unit, ""
+            found = searching.place(policy)
         except Infeasible as error:
-            return None, str(error)
+            return Place(None, why_none=str(error))
+    return Place(found.unit, found.goodput_per_gpu)
 
 
 def study(plan: PlanConfig, system: System, first: float) -> dict[str, Any]:
-    """The curve of attainment against the rate, and where it crosses the shares."""
+    """The curve of attainment against the rate, and where it crosses the shares.
+
+    Args:
+        first: requests/s per GPU to begin at, such as what the search found.
+    """
     apart = plan.search.rule == "published"
+    notes: dict[str, None] = {}
+    counts: set[int] = set()
 
     @functools.cache
     def shares(rate: float) -> tuple[float, float, float]:
-        return serve(plan, system, rate).shares(plan.slo)
+        served = serve(plan, system, rate)
+        notes.update(dict.fromkeys(served.notes))
+        counts.add(len(served.ttft_s))
+        return served.shares(plan.slo)
 
     def share_at(rate: float) -> float:
         both, ttft, tpot = shares(rate)
@@ -58,11 +77,18 @@ def study(plan: PlanConfig, system: System, first: float) -> dict[str, Any]:
             break
         first, lowest = (0.85 * goodputs[0], goodputs[0] / 8) if goodputs else (first, 0.02)
         goodputs.append(rate_at(asked, share, first=first, precision=0.04, lowest=lowest))
-    if goodputs[0] and not apart:
-        for fraction in FRACTIONS:
-            asked(fraction * goodputs[0])
+    for fraction in FRACTIONS:
+        rate = fraction * goodputs[0]
+        if rate and not any(abs(rate / other - 1) < 0.08 for other in rates):
+            asked(rate)
     curve = [{"rate": rate, **dict(zip(("both", "ttft", "tpot"), shares(rate), strict=True))} for rate in sorted(rates)]
-    return {"goodput_90": goodputs[0], "goodput_99": goodputs[1] if len(goodputs) > 1 else None, "curve": curve}
+    return {
+        "goodput_90": goodputs[0],
+        "goodput_99": goodputs[1] if len(goodputs) > 1 else None,
+        "requests": max(counts),
+        "curve": curve,
+        "notes": list(notes),
+    }
 
 
 def tighten(plan: PlanConfig, system: System, rate: float) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from absl import flags
 from ds_jax.flags import run
 
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for the results.", required=True)
-_REQUESTS = flags.DEFINE_integer("requests", 600, "Requests of each run.", 20)
+_REQUESTS = flags.DEFINE_integer("requests", 1000, "Requests of each run.", 20)
 _WORKERS = flags.DEFINE_integer("workers", 0, "Processes; 0: one per core.", lower_bound=0)
 
 NAMES = ("13B ShareGPT", "66B ShareGPT", "175B ShareGPT")
@@ -33,18 +33,23 @@ def study(plan: Any, system: Any) -> dict[str, Any]:
     from experiments.systems import rate_at, serve
 
     goodput = rate_at(lambda rate: serve(plan, system, rate).share(plan.slo), 0.9, first=0.5, precision=0.05)
+    if not goodput:
+        raise ValueError(
+            f"{plan.model}: {system.unit} keeps its targets for 90 % at no rate, of {plan.search.requests}"
+        )
     rows = []
     for load in LOADS:
         served = serve(plan, system, load * goodput)
         rows.append({"rate": load * goodput, "stages_s": served.stages_s.mean(axis=0).tolist()})
     sent = served.outputs > 1  # the others end with their first token: nothing is moved
-    return {"goodput": goodput, "rows": rows, "transfers_s": sorted(served.stages_s[sent, 2].tolist())}
+    transfers_s = sorted(served.stages_s[sent, 2].tolist())
+    return {"goodput": goodput, "rows": rows, "transfers_s": transfers_s, "notes": list(served.notes)}
 
 
 def main(argv: list[str]) -> None:
     """Simulate, compare, draw."""
     from ds_jax.protocol import STAGES
-    from experiments.output import Output, axes, table
+    from experiments.output import Output, merged, table
     from experiments.published import Compared, rows
     from experiments.systems import EVALUATIONS, System, hardware, pair, parallel
 
@@ -108,7 +113,12 @@ def main(argv: list[str]) -> None:
                     "1.13 is in units of 2^30 bytes: 2 x 64 layers x 9216 numbers x 2 bytes x 512 tokens.",
                 )
             )
-    output.summary({"workloads": summary, "compared": rows(compared)})
+    extrapolated = [name for name, entry in summary.items() if entry["extrapolated"]]
+    notes = merged([(one.name, note) for one, result in zip(chosen, found, strict=True) for note in result["notes"]])
+    output.summary({"extrapolated": extrapolated, "requests": {"joint": _REQUESTS.value}, "notes": notes,
+                    "workloads": summary, "compared": rows(compared)})  # fmt: skip
+    transfers = {one.name: result["transfers_s"] for one, result in zip(chosen, found, strict=True)}
+    _draw(output, summary, transfers, STAGES)
     print("share of each stage in the mean latency, %; *: extrapolated")
     print(table(["workload", "requests/s/GPU", *STAGES], shown))
     for name, entry in summary.items():
@@ -116,11 +126,20 @@ def main(argv: list[str]) -> None:
             f"{name}: KV moved within 30 ms for {entry['transfers_within_30ms']:.1%}, "
             f"{100 * entry['transfer_share']:.3f} % of the latency near the goodput"
         )
-    figure, panels = axes(1, 2, width=4.6)
+    for note in notes:
+        print(f"note: {note}")
+    print(f"written to {output.folder}")
+
+
+def _draw(output: Any, summary: dict[str, Any], transfers_s: dict[str, list[float]], stages: Any) -> None:
+    """The shares of the largest model's stages, and the distribution of transmission times of all."""
+    from experiments.output import axes
+
+    figure, panels = axes(1, 2, width=4.6, height=3.6)
     last = summary[NAMES[-1]]
     bottom = [0.0] * len(LOADS)
     labels = [f"{row['rate']:.2g}" for row in last["rows"]]
-    for index, stage in enumerate(STAGES):
+    for index, stage in enumerate(stages):
         values = [100 * row["shares"][index] for row in last["rows"]]
         panels[0].bar(range(len(LOADS)), values, bottom=bottom, label=stage.replace("_", " "), width=0.7)
         bottom = [below + value for below, value in zip(bottom, values, strict=True)]
@@ -128,17 +147,15 @@ def main(argv: list[str]) -> None:
     panels[0].set(xlabel="requests/s per GPU", ylabel="share of mean latency, %")
     panels[0].set_title(NAMES[-1] + (" (extrapolated)" if last["extrapolated"] else ""), loc="left")
     panels[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
-    for one, result in zip(chosen, found, strict=True):
-        transfers = result["transfers_s"]
-        inside = [100 * (index + 1) / len(transfers) for index in range(len(transfers))]
-        mark = " (extrapolated)" if summary[one.name]["extrapolated"] else ""
-        panels[1].plot([1e3 * value for value in transfers], inside, label=one.name + mark)
+    for name, times_s in transfers_s.items():
+        inside = [100 * (index + 1) / len(times_s) for index in range(len(times_s))]
+        mark = " (extrapolated)" if summary[name]["extrapolated"] else ""
+        panels[1].plot([1e3 * value for value in times_s], inside, label=name + mark)
     panels[1].axvline(1e3 * PUBLISHED_WITHIN_S, color="#777777", lw=1, ls=":")
-    panels[1].set(xscale="log", xlabel="KV transmission, ms", ylabel="requests, %", ylim=(0, 102))
+    panels[1].set(xscale="log", xlabel="KV transmission, ms (dotted: 30 ms)", ylabel="requests, %", ylim=(0, 102))
     panels[1].set_title("near the goodput", loc="left")
     panels[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
     output.figure("fig10_latency_breakdown", figure)
-    print(f"written to {output.folder}")
 
 
 if __name__ == "__main__":

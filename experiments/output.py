@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,20 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         if index == 0:
             shown.append("  ".join("-" * width for width in widths))
     return "\n".join(shown)
+
+
+def merged(notes: Iterable[tuple[str, str]]) -> list[str]:
+    """Notes of many runs, (where, note), each once and with every place that it is from.
+
+    Two that differ only in the value that was outside a measured range are one: the first stands for all.
+    """
+    places: dict[str, dict[str, None]] = {}
+    sentences: dict[str, str] = {}
+    for where, note in notes:
+        kind = re.sub(r"\d+ is outside", "is outside", note)
+        sentences.setdefault(kind, note)
+        places.setdefault(kind, {})[where] = None
+    return [f"{sentence} ({', '.join(places[kind])})" for kind, sentence in sentences.items()]
 
 
 def _cell(value: object) -> str:

@@ -41,6 +41,10 @@ td:nth-child(1) { width: 24%; } td:nth-child(2) { width: 15%; } td:nth-child(3) 
 """
 
 
+NOT_RUN = "not run"
+"""Error of an outcome that there is none of."""
+
+
 @dataclass(frozen=True)
 class Experiment:
     """One launcher with its flags."""
@@ -65,27 +69,48 @@ class Outcome:
     printed: str = ""
     summary: dict[str, Any] = field(default_factory=dict)
     figures: tuple[Path, ...] = ()
+    quick: bool = False
+    """Made with tiny sizes, now or earlier."""
+    arguments: tuple[str, ...] = ()
+    """Flags that it was run with."""
 
 
-def page(outcomes: Sequence[Outcome], compared: Sequence[dict[str, Any]], quick: bool) -> str:
-    """The whole document."""
-    shown = [one for one in outcomes if one.error != "not run"]
+def page(outcomes: Sequence[Outcome], compared: Sequence[dict[str, Any]]) -> str:
+    """The whole document.
+
+    Args:
+        compared: rows of the table, as `gathered.gather` gives them.
+    """
+    shown = [one for one in outcomes if one.error != NOT_RUN]
     links = " ".join(f'<a href="#{one.experiment.name}">{html.escape(one.experiment.name)}</a>' for one in shown)
-    warning = '<p class="failed">Made with --quick: tiny sizes, the numbers mean nothing.</p>' if quick else ""
-    sections = "".join(_section(one) for one in shown)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>DS-JAX: the papers' evaluation, reproduced</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         "<h1>The papers' evaluation, reproduced</h1>\n"
         "<p>Every figure and number is simulated: the schedulers are those of the engine, step times come from "
-        "latency profiles. <em>Public rules</em> are the rules, step times and host work of the published code; "
-        "<em>joint</em> (our rules) gives all systems the same step times and asks for both targets together, over "
-        'longer runs. What is <span class="mark">extrapolated</span> rests on step times that were worked out from '
-        f"data sheets, never measured.</p>\n{warning}\n<nav>{links}</nav>\n"
-        f'<h2 id="published">Published, ours, and why they differ</h2>\n{_table(compared)}\n{sections}'
-        "</body>\n</html>\n"
+        "latency profiles. <em>Public rules</em> are the rules, step times and host work of the published code, and "
+        "look at the percentiles of TTFT and of TPOT apart, as it does; <em>joint</em> (our rules) gives all systems "
+        "the same step times and asks for both targets together. Each section and row says how many requests a run "
+        'has. What is <span class="mark">extrapolated</span> rests on step times that were worked out from data '
+        'sheets, never measured; what is <span class="mark">assumed</span> is told from memory, or taken to be so '
+        f"because nothing says.</p>\n{_warnings(outcomes)}\n<nav>{links}</nav>\n"
+        f'<h2 id="published">Published, ours, and why they differ</h2>\n{_table(compared)}\n'
+        f"{''.join(map(_section, shown))}</body>\n</html>\n"
     )
+
+
+def _warnings(outcomes: Sequence[Outcome]) -> str:
+    """What a reader must know before anything else."""
+    told = []
+    for names, text in (
+        ([one.experiment.name for one in outcomes if one.quick], "Made with --quick, the numbers mean nothing"),
+        ([one.experiment.name for one in outcomes if one.error == NOT_RUN], "Not run"),
+        ([one.experiment.name for one in outcomes if one.error not in ("", NOT_RUN)], "Failed"),
+    ):
+        if names:
+            told.append(f'<p class="failed">{text}: {html.escape(", ".join(names))}.</p>')
+    return "\n".join(told)
 
 
 def _table(compared: Sequence[dict[str, Any]]) -> str:
@@ -93,11 +118,12 @@ def _table(compared: Sequence[dict[str, Any]]) -> str:
     head = "".join(f"<th>{name}</th>" for name in names)
     rows = []
     for one in compared:
-        mark = ' <span class="mark">extrapolated</span>' if one["extrapolated"] else ""
+        ours = "".join(f' <span class="mark">{mark}</span>' for mark in ("extrapolated", "quick") if one.get(mark))
+        assumed = f'<br><span class="mark">assumed:</span> {html.escape(one["assumed"])}' if one["assumed"] else ""
         cells = (
             f'{html.escape(one["what"])}<br><span class="dim">{html.escape(one["source"])}</span>',
-            html.escape(one["published"]),
-            html.escape(one["ours"]) + mark,
+            html.escape(one["published"]) + assumed,
+            html.escape(one["ours"]) + ours,
             html.escape(one["why"]),
         )
         cells_html = "".join(f'<td data-name="{name}">{cell}</td>' for name, cell in zip(names, cells, strict=True))
@@ -110,10 +136,24 @@ def _section(one: Outcome) -> str:
     parts = [f'<section id="{name}">\n<h2>{html.escape(one.experiment.shows)}</h2>\n']
     if one.error:
         parts.append(f'<p class="failed">failed: {html.escape(one.error)}</p>\n')
+    if one.quick:
+        parts.append('<p class="failed">made with --quick: tiny sizes, the numbers mean nothing</p>\n')
     if one.seconds is not None:
-        parts.append(f'<p class="dim">experiments.{one.experiment.module}, {one.seconds:.0f} s</p>\n')
-    if one.summary.get("extrapolated"):
-        parts.append('<p class="mark">extrapolated: step times are worked out from data sheets</p>\n')
+        flags = html.escape(" ".join(("", *one.arguments)))
+        parts.append(f'<p class="dim">experiments.{one.experiment.module}{flags}: {one.seconds:.0f} s</p>\n')
+    if requests := one.summary.get("requests"):
+        told = ", ".join(f"{count} by the {rule} rule" for rule, count in requests.items())
+        parts.append(f'<p class="dim">requests a run: {html.escape(told)}</p>\n')
+    if marked := one.summary.get("extrapolated"):
+        which = f" of {', '.join(marked)}" if isinstance(marked, list) else ""
+        parts.append(
+            f'<p class="mark">extrapolated: step times{html.escape(which)} are worked out from data sheets</p>\n'
+        )
+    for mark in ("assumed", "notes"):
+        if sentences := one.summary.get(mark):
+            items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
+            name = "assumed" if mark == "assumed" else "beyond what was measured"
+            parts.append(f'<div class="dim"><span class="mark">{name}</span><ul>{items}</ul></div>\n')
     for path in one.figures:
         # An image element keeps the styles and ids of figures apart from each other's.
         svg = base64.b64encode(path.read_bytes()).decode()

@@ -1,10 +1,11 @@
-"""What batching and parallelism do to each phase: throughput and latency of prefill and decode, from latency profiles.
+"""What batch, length and parallelism do to each phase: throughput and latency of prefill and decode, from profiles.
 
 python -m experiments.phase_tradeoffs --output_dir=out/phase_tradeoffs
 
 * Figure 3 of DistServe: tokens/s against the batch. The paper shows that prompts saturate a GPU at a few hundred tokens
   already, so that batching them gains nothing, and that decoding gains with every sequence more. Ours shows the same
-  curves, of the step times that DistServe fitted.
+  curves, of the step times that DistServe fitted, with the latency of each step below; and, in a figure of its own,
+  latency and throughput against the length of the prompt and of the context, for every tensor parallelism.
 * Figure 4: mean TTFT against rate, for a pipeline and for tensor parallelism. The paper shows OPT-66B on two GPUs, and
   that the better of the two changes with rate and speed-up. Ours shows the M/D/1 formulas with the fitted step times of
   OPT-66B on four GPUs: it does not fit on one.
@@ -36,23 +37,53 @@ _TPOT_S = flags.DEFINE_float("tpot_s", 0.1, "Target of a decode step, for the la
 LENGTHS = (128, 256, 512, 1024)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
 PROMPT_BATCHES = (1, 2, 3, 4, 6, 8)
+PROMPTS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+CONTEXTS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
+DECODES = 32
+"""Sequences of the decode steps that are shown against the length."""
 
 
 def batching(profile: Any) -> dict[str, Any]:
-    """Tokens/s of prompt batches and of decode batches on one instance of the smallest tensor parallelism."""
+    """Step times and tokens/s of prompt batches and decode batches on an instance of the smallest tensor parallelism.
+
+    Each by the length of a prompt, or of a context, in the order of PROMPT_BATCHES and of BATCHES; these as far as the
+    KV fits.
+    """
     tp = min(profile.fits)
     step = profile.step_time(tp)
-    prefill = {
-        length: [batch * length / step.step_s([(0, length)] * batch, 0, 0) for batch in PROMPT_BATCHES]
+    prefill_s = {length: [step.step_s([(0, length)] * batch, 0, 0) for batch in PROMPT_BATCHES] for length in LENGTHS}
+    decode_s = {
+        length: [step.step_s((), batch, batch * length) for batch in BATCHES if _fits(profile, tp, batch, length)]
         for length in LENGTHS
     }
-    decode = {
-        length: [
-            batch / step.step_s((), batch, batch * length) for batch in BATCHES if _fits(profile, tp, batch, length)
+    return {
+        "tp": tp,
+        "l_m": profile.l_m(tp),
+        "prefill_s": prefill_s,
+        "decode_s": decode_s,
+        "prefill_tokens_per_s": {
+            length: [batch * length / time_s for batch, time_s in zip(PROMPT_BATCHES, times_s, strict=True)]
+            for length, times_s in prefill_s.items()
+        },
+        "decode_tokens_per_s": {
+            length: [batch / time_s for batch, time_s in zip(BATCHES, times_s, strict=False)]
+            for length, times_s in decode_s.items()
+        },
+    }
+
+
+def by_length(profile: Any) -> dict[str, dict[int, list[list[float]]]]:
+    """Per tp, (length, step time in s) of one prompt, and of DECODES sequences as far as their KV fits."""
+    prefill, decode = {}, {}
+    for tp in sorted(profile.fits):
+        step = profile.step_time(tp)
+        prefill[tp] = [[length, step.step_s([(0, length)], 0, 0)] for length in PROMPTS]
+        decode[tp] = [
+            [length, step.step_s((), DECODES, DECODES * length)]
+            for length in CONTEXTS
+            if _fits(profile, tp, DECODES, length)
         ]
-        for length in LENGTHS
-    }
-    return {"tp": tp, "l_m": profile.l_m(tp), "prefill_tokens_per_s": prefill, "decode_tokens_per_s": decode}
+    return {"prefill": prefill, "decode": decode}
 
 
 def decode_parallelism(profile: Any, batch: int = 128, length: int = 256) -> list[dict[str, Any]]:
@@ -112,8 +143,8 @@ def _fits(profile: Any, tp: int, batch: int, length: int) -> bool:
 def main(argv: list[str]) -> None:
     """Work out, draw, print."""
     from ds_jax.latency import load
-    from experiments.output import Output, table
-    from experiments.published import Compared, rows
+    from experiments.output import Output, merged, table
+    from experiments.published import FROM_MEMORY, Compared, rows
 
     small, large = load(_PROFILE.value), load(_LARGE_PROFILE.value)
     for tp in (2, 4):
@@ -140,6 +171,7 @@ def main(argv: list[str]) -> None:
             f"The fit has {1e3 * small.fit_of(batch['tp']).prefill[0]:.0f} ms per step whatever its length, which a "
             "prompt must outweigh; from where on to call a curve that flattens saturated is a choice.",
             extrapolated=small.extrapolated,
+            assumed=FROM_MEMORY,
         ),
         Compared(
             "decode throughput grows with the batch (Fig. 3b)",
@@ -147,6 +179,7 @@ def main(argv: list[str]) -> None:
             f"x {min(gain):.1f} to {max(gain):.1f} from one sequence to as many as fit (up to 256)",
             "Reading KV and the work per sequence grow with the batch; only the reading of the weights is shared.",
             extrapolated=small.extrapolated,
+            assumed=FROM_MEMORY,
         ),
         Compared(
             "tensor parallel decode (Fig. 5)",
@@ -155,6 +188,7 @@ def main(argv: list[str]) -> None:
             f"parallel, x {last['gpus']} in a pipeline",
             "A pipeline of the profile loses nothing to the passing on of activations: that is not in the fits.",
             extrapolated=small.extrapolated,
+            assumed=FROM_MEMORY,
         ),
         Compared(
             "better prefill parallelism (Fig. 4)",
@@ -165,10 +199,13 @@ def main(argv: list[str]) -> None:
             ),
             "The paper shows two GPUs; the model fits there only without room for KV, and no fit of one GPU is public.",
             extrapolated=large.extrapolated,
+            assumed=FROM_MEMORY,
         ),
     ]
-    summary = {"batching": batch, "decode": decode, "prefill": prefill, "largest_batch_512": largest}
-    output.summary(summary | {"extrapolated": extrapolated, "compared": rows(compared)})
+    summary = {"batching": batch, "by_length": by_length(small), "decode": decode, "prefill": prefill,
+               "largest_batch_512": largest}  # fmt: skip
+    notes = merged([(profile.model, note) for profile in (small, large) for note in profile.outside.values()])
+    output.summary(summary | {"extrapolated": extrapolated, "notes": notes, "compared": rows(compared)})
     _draw(output, small, large, summary)
     header = ["GPUs", "kind", "decode step ms", "speed-up", "tokens/s"]
     shown = [
@@ -180,6 +217,8 @@ def main(argv: list[str]) -> None:
     print(f"most sequences of 512 tokens inside {_TPOT_S.value:g} s and memory: {sizes}")
     print(f"L_m = {batch['l_m']} tokens; 512 tokens run at {100 * at_512:.0f} % of the best tokens/s of one prompt")
     print(f"{large.model}, prefill on 4 GPUs: K = {prefill['speed_up']:.3f}, {better}")
+    for note in notes:
+        print(f"note: {note}")
     print(f"written to {output.folder}")
 
 
@@ -190,19 +229,40 @@ def _mark(profile: Any) -> str:
 def _draw(output: Any, small: Any, large: Any, found: dict[str, Any]) -> None:
     from experiments.output import axes
 
-    figure, panels = axes(1, 2)
+    figure, panels = axes(2, 2)
+    batch = found["batching"]
     for length in LENGTHS:
-        values = found["batching"]["prefill_tokens_per_s"][length]
-        panels[0].plot(PROMPT_BATCHES, [value / 1e3 for value in values], "o-", ms=3, label=f"{length} tokens")
-        values = found["batching"]["decode_tokens_per_s"][length]
-        panels[1].plot(BATCHES[: len(values)], [value / 1e3 for value in values], "o-", ms=3, label=f"{length} tokens")
-    panels[0].set(xlabel="prompts in a batch", ylabel="thousand tokens/s", ylim=(0, None))
-    panels[1].set(xlabel="sequences in a batch, as far as KV fits", ylabel="thousand tokens/s", ylim=(0, None))
+        for column, (phase, batches) in enumerate((("prefill", PROMPT_BATCHES), ("decode", BATCHES))):
+            rates, times_s = batch[f"{phase}_tokens_per_s"][length], batch[f"{phase}_s"][length]
+            shown = batches[: len(rates)]
+            panels[column].plot(shown, [rate / 1e3 for rate in rates], "o-", ms=3, label=f"{length} tokens")
+            panels[2 + column].plot(shown, [1e3 * time_s for time_s in times_s], "o-", ms=3)
+    for panel, label in zip(panels, ("thousand tokens/s",) * 2 + ("step, ms",) * 2, strict=True):
+        panel.set(ylabel=label, ylim=(0, None))
+    panels[2].set_xlabel("prompts in a batch")
+    panels[3].set_xlabel("sequences in a batch, as far as KV fits")
     panels[0].set_title(f"prefill, {small.model}{_mark(small)}", loc="left")
     panels[1].set_title(f"decode, {small.model}{_mark(small)}", loc="left")
     panels[0].legend(title="prompt")
     panels[1].legend(title="context")
     output.figure("fig3_batching", figure)
+
+    figure, panels = axes(2, 2)
+    for column, phase in enumerate(("prefill", "decode")):
+        tokens = DECODES if phase == "decode" else 0
+        for tp, points in found["by_length"][phase].items():
+            lengths = [length for length, _ in points]
+            panels[column].plot(lengths, [1e3 * time_s for _, time_s in points], "o-", ms=3, label=f"tp {tp}")
+            rates = [(tokens or length) / time_s / 1e3 for length, time_s in points]
+            panels[2 + column].plot(lengths, rates, "o-", ms=3)
+    for panel, label in zip(panels, ("step, ms",) * 2 + ("thousand tokens/s",) * 2, strict=True):
+        panel.set(ylabel=label, ylim=(0, None))
+    panels[2].set_xlabel("tokens of the prompt")
+    panels[3].set_xlabel("tokens of context of each sequence, as far as KV fits")
+    panels[0].set_title(f"prefill of one prompt, {small.model}{_mark(small)}", loc="left")
+    panels[1].set_title(f"decode of {DECODES} sequences{_mark(small)}", loc="left")
+    panels[0].legend()
+    output.figure("fig3_lengths", figure)
 
     figure, (panel,) = axes(width=5.2)
     for name, curve in found["prefill"]["curves"].items():

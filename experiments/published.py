@@ -11,6 +11,9 @@ TROPICAL = "Tropical, arXiv 2606.16264"
 DEFLECTION = "Prefill Deflection, arXiv 2607.02043"
 PUBLIC_SIMULATOR = "DistServe's public simulator"
 
+FROM_MEMORY = "told from memory of the paper"
+"""For `Compared.assumed`: the published side is a statement, not a number that was looked up."""
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -24,6 +27,8 @@ class Compared:
     source: str = DISTSERVE
     extrapolated: bool = False
     """Ours rests on step times that were worked out and not measured."""
+    assumed: str = ""
+    """What of the published side, or of how it came about, is from memory and was not checked against its source."""
 
 
 def rows(compared: Iterable[Compared]) -> list[dict[str, Any]]:

@@ -137,6 +137,7 @@ def main(argv: list[str]) -> None:
     output.summary(
         {
             "points": points,
+            "requests_at_each_load": {f"{load:g}": runs_of(load, _REQUESTS.value) for load in LOADS},
             "worst_error": worst,
             "worst_error_to_recursion": exact,
             "crossing_rate": cross,

@@ -11,10 +11,11 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from ds_jax.metrics import RequestTimes
 from ds_jax.placement.hardware import Hardware
 from ds_jax.placement.layouts import Group, Shape, Unit
 from ds_jax.placement.trial import BOTH, Requests
-from ds_jax.plan import ClusterConfig, PlanConfig, WorkloadConfig
+from ds_jax.plan import ClusterConfig, PlanConfig, SearchConfig, WorkloadConfig
 from ds_jax.protocol import InstanceUp, Role
 from ds_jax.scheduling import create_scheduler
 from ds_jax.simulation import VirtualTime
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from absl import flags
 
 MII = SchedulerConfig(chunk_order="splitfuse", token_budget=768)
-"""DeepSpeed-MII's scheduler; 768 tokens is the ragged batch of its default configuration."""
+"""DeepSpeed-MII's scheduler."""
+MII_ASSUMED = "DeepSpeed-MII's batch of 768 tokens is its default as far as is remembered"
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Evaluation:
     workload: str
     slo: SloConfig
     vllm_tp: int
-    """Tensor parallelism of vLLM and DeepSpeed-MII in the paper (section 6.1)."""
+    """Tensor parallelism of vLLM and DeepSpeed-MII: evaluation/2-benchmark-serving/2-start-api-server.py of the public
+    code."""
     prefill: Shape
     """The paper's placement (Table 3)."""
     decode: Shape
@@ -70,6 +73,10 @@ class Evaluation:
             slo=self.slo,
             workload=WorkloadConfig(name=self.workload),
         )
+
+    def is_asked_by(self, plan: PlanConfig) -> bool:
+        """Whether the published numbers are of this plan: all but the search is the paper's."""
+        return replace(plan, search=SearchConfig()) == self.plan()
 
 
 _13B = ("models/published/opt-13b", "configs/latency/a100_80g_opt_13b.json", ClusterConfig(nodes=1, gpus_per_node=4))
@@ -132,6 +139,8 @@ class Served:
     """(requests, 5): seconds in each stage of `protocol.STAGES`."""
     outputs: np.ndarray
     rejected: int
+    notes: tuple[str, ...] = ()
+    """Steps that the plan's step times were asked for beyond what was measured, here or in earlier tries."""
 
     def share(self, slo: SloConfig, scale: float = 1.0) -> float:
         """Share of requests inside both targets."""
@@ -183,7 +192,7 @@ def serve(
     world = VirtualTime(scheduler, latency, ended.append)
     submissions = requests.at(rate_per_gpu * system.unit.gpus, phases)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # steps beyond a measured range: Hardware.notes tells of them
+        warnings.simplefilter("ignore", RuntimeWarning)  # steps beyond a measured range: `notes` tells of them
         world.run([(0, InstanceUp(one)) for one in instances], submissions[:count] if count else submissions)
     delay_s = machines.delay_s(system.policy)
     ended.sort(key=lambda one: one.sequence)
@@ -196,6 +205,7 @@ def serve(
         np.array([one.stages_ns for one in ended]) / 1e9,
         np.array([one.output_tokens for one in ended]),
         sum(one.rejected for one in ended),
+        tuple(machines.notes()),
     )
 
 
@@ -212,6 +222,10 @@ def hardware(plan: PlanConfig) -> Hardware:
     return Hardware(plan, read_configs(plan.model).arch)
 
 
+FIRST_STEP, LAST_STEP = 1.12, 3.0
+"""Factors by which `rate_at` goes up or down from where it begins: the first, and the largest."""
+
+
 def rate_at(
     share_at: Callable[[float], float],
     share: float = 0.9,
@@ -225,7 +239,7 @@ def rate_at(
 
     Args:
         share_at: rate -> share; called at each rate once.
-        first: where to begin.
+        first: where to begin: the nearer, the fewer rates.
         lowest: where to give up: at low rates nothing is batched, so that runs are long.
         highest: where nobody looks further: a short run may be good at any rate.
 
@@ -239,15 +253,18 @@ def rate_at(
         return rates[rate] >= share
 
     low, high = (first, 0.0) if good(first) else (0.0, first)
+    step = FIRST_STEP
     while not high:
         if low >= highest:
             return low
-        low, high = (low * 1.6, 0.0) if good(low * 1.6) else (low, low * 1.6)
+        low, high = (low * step, 0.0) if good(low * step) else (low, low * step)
+        step = min(step**2, LAST_STEP)
     while not low:
         if high <= lowest:
             return 0.0
-        next_rate = max(high / 2, lowest)
+        next_rate = max(high / step, lowest)
         low, high = (next_rate, high) if good(next_rate) else (0.0, next_rate)
+        step = min(step**2, LAST_STEP)
     while high > low * (1 + precision):
         middle = (low * high) ** 0.5
         low, high = (middle, high) if good(middle) else (low, middle)
@@ -275,20 +292,46 @@ def parallel[R](function: Callable[..., R], jobs: Sequence[tuple[Any, ...]], wha
         return [future.result() for future in tqdm(futures, desc=what, leave=False)]
 
 
-def chosen_plans(flag_values: flags.FlagValues) -> list[tuple[Evaluation | None, PlanConfig]]:
+@dataclass(frozen=True)
+class Case:
+    """One workload with its plan."""
+
+    name: str
+    plan: PlanConfig
+    evaluation: Evaluation | None
+    """The paper's, where the plan is its plan: only then is there anything published to compare with."""
+
+
+def chosen_cases(flag_values: flags.FlagValues) -> list[Case]:
     """The plan of --config; without it the five of the paper. Either way with the --config.NAME flags over it."""
     from ds_jax.flags import load_config
     from ds_jax.knobs import knobs, set_knob
 
     if flag_values["config"].value:
         plan = load_config(PlanConfig)
-        known = (one for one in EVALUATIONS if (one.model, one.workload) == (plan.model, plan.workload.name))
-        return [(next(known, None), plan)]
-    plans = [(one, one.plan()) for one in EVALUATIONS]
-    for knob in knobs(PlanConfig):
-        flag = flag_values[f"config.{knob.name}"]
-        if flag.present:
-            plans = [(one, set_knob(plan, knob.name, flag.value)) for one, plan in plans]
-    for _, plan in plans:
+        known = next((one for one in EVALUATIONS if one.is_asked_by(plan)), None)
+        return [Case(known.name if known else f"{Path(plan.model).name}, {plan.workload.name}", plan, known)]
+    cases = []
+    for one in EVALUATIONS:
+        plan = one.plan()
+        for knob in knobs(PlanConfig):
+            flag = flag_values[f"config.{knob.name}"]
+            if flag.present:
+                plan = set_knob(plan, knob.name, flag.value)
         plan.check()
-    return list(plans)
+        cases.append(Case(one.name, plan, one if one.is_asked_by(plan) else None))
+    return cases
+
+
+def refuse(flag_values: flags.FlagValues, reasons: Mapping[str, str]) -> None:
+    """Refuse flags of knobs that a launcher sets itself.
+
+    Args:
+        reasons: flag without its dashes -> what says it in its place.
+
+    Raises:
+        ValueError: one of them was given.
+    """
+    for name, reason in reasons.items():
+        if flag_values[name].present:
+            raise ValueError(f"--{name} has no effect here: {reason}")

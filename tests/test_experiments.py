@@ -14,11 +14,17 @@ import pytest
 from ds_jax.config import SloConfig
 from ds_jax.placement.layouts import Shape
 from ds_jax.protocol import Role
+from experiments import table_2
 from experiments.curves import study, tighten
 from experiments.gathered import gather
+from experiments.goodput_report import at_table_3, compare
+from experiments.goodput_runs import AT_TABLE_3
 from experiments.md1 import Server, crossing
-from experiments.page import Experiment, Outcome, page
+from experiments.output import merged
+from experiments.page import NOT_RUN, Experiment, Outcome, page
 from experiments.published import Compared, rows
+from experiments.reproduce import attempt, experiments, left
+from experiments.simulator_accuracy import compare_runs
 from experiments.systems import EVALUATIONS, MII, Served, System, mixed, multiplexing, pair, parallel, rate_at, serve
 
 
@@ -71,7 +77,7 @@ def test_the_page_is_whole_and_fetches_nothing(reproduced):
     folder, printed = reproduced
     text = (folder / "index.html").read_text()
     assert "queueing" in printed and "failed" not in printed
-    assert text.count("data:image/svg+xml;base64,") == 4
+    assert text.count("data:image/svg+xml;base64,") == 5
     assert "http:" not in text and "https:" not in text and "<script" not in text
     Balanced().check(text)
     summary = json.loads((folder / "summary.json").read_text())
@@ -83,30 +89,100 @@ def test_the_page_is_whole_and_fetches_nothing(reproduced):
 def test_a_failed_experiment_is_shown_as_failed_and_markup_is_escaped(tmp_path):
     outcomes = [
         Outcome(Experiment("one", "one", "The first <b>"), 1.0, "one: it is <broken>"),
-        Outcome(Experiment("two", "two", "The second"), 2.0, "", "printed & done", {"extrapolated": True}),
+        Outcome(Experiment("two", "two", "The second"), 2.0, "", "printed & done", {"extrapolated": ["a", "b"]}),
+        Outcome(Experiment("three", "three", "The third"), None, NOT_RUN),
     ]
-    text = page(outcomes, rows([Compared("a < b", "1", "2", "why", extrapolated=True)]), quick=False)
+    compared = [{**row, "quick": False} for row in rows([Compared("a < b", "1", "2", "why", extrapolated=True)])]
+    text = page(outcomes, compared)
     assert "failed: one: it is &lt;broken&gt;" in text and "a &lt; b" in text and "printed &amp; done" in text
-    assert text.count('class="mark"') == 3
+    assert "step times of a, b are worked out" in text and "Failed: one." in text and "Not run: three." in text
+    assert "--quick" not in text
     Balanced().check(text)
 
 
+def test_what_was_made_with_tiny_sizes_says_so_when_the_page_is_made_again(reproduced):
+    folder, _ = reproduced
+    every = {one.name: one for one in experiments(None, None)}
+    again = [left(every["queueing"], folder), left(every["goodput"], folder)]
+    assert again[0].quick and again[0].arguments == ("--requests=20",) and again[1].error == NOT_RUN
+    text = page(again, gather(again))
+    assert "Made with --quick, the numbers mean nothing: queueing." in text and 'class="mark">quick<' in text
+
+
+def test_what_fails_leaves_nothing_of_an_earlier_run(tmp_path):
+    broken = Experiment("broken", "no_such_launcher", "A launcher that is lost")
+    (tmp_path / "broken").mkdir()
+    for name, text in (("summary.json", "{}"), ("reproduced.json", "{}"), ("old.svg", "<svg/>")):
+        (tmp_path / "broken" / name).write_text(text)
+    assert "no_such_launcher" in attempt(broken, tmp_path, quick=False, limit_s=100).error
+    assert left(broken, tmp_path).error == NOT_RUN
+
+
 def test_rows_are_made_of_summaries_and_what_was_not_run_says_so():
-    search = {"goodput_per_gpu": 1.5, "configurations": 15, "simulated": 12, "search_s": 3.0,
+    search = {"goodput_per_gpu": 1.5, "configurations": 15, "simulated": 12, "search_s": 3.0, "cached": 2,
               "placements": {"disaggregated": {"unit": "two", "goodput_per_gpu": 1.5}}}  # fmt: skip
+    draws = {"draws": [{"rule": "published", "goodput_per_gpu": rate} for rate in (1.41, 2.34, 1.9)]}
+    outcomes = [
+        Outcome(Experiment("public_search_13b_200", "placement_search", ""), 1.0, summary=search, quick=True),
+        Outcome(Experiment("public_search_13b_250", "placement_search", ""), 1.0, summary=search),
+        Outcome(Experiment("draws", "draws", ""), 1.0, summary=draws),
+    ]
+    told = {(one["what"], one["published"]): one for one in gather(outcomes)}
+    row = told["OPT-13B, ShareGPT, 0.25/0.1 s: requests/s per GPU", "2.11"]
+    assert row["ours"] == "1.50, two" and not row["quick"] and "3 draws come to 1.41 to 2.34" in row["why"]
+    assert told["OPT-13B, ShareGPT, 0.25/0.1 s: requests/s per GPU, best vLLM", "1.41"]["ours"] == "none"
+    (search_row,) = (one for (what, _), one in told.items() if what.startswith("search of 9"))
+    assert search_row["ours"] == "answered from a cache" and search_row["quick"]
+
+
+def test_errors_against_real_runs_are_counted_by_layout():
     real = {"attainment": 0.9, "tpot_p90_s": 0.5}
     run = {"run": "disagg_d-tp1pp1", "requests": 300, "rate": 6.0, "error_points": -2.0, "real": real,
            "simulated": {"attainment": 0.88, "tpot_p90_s": 0.4}}  # fmt: skip
-    outcomes = [
-        Outcome(Experiment("public_search_13b_250", "placement_search", ""), 1.0, summary=search),
-        Outcome(Experiment("simulator_accuracy", "simulator_accuracy", ""), 1.0, summary={"runs": [run]}),
-    ]
-    told = {(one["what"], one["published"]): one["ours"] for one in gather(outcomes)}
-    assert told["OPT-13B, ShareGPT, 0.25/0.1 s: requests/s per GPU", "2.11"] == "1.50, two"
-    assert told["OPT-13B, ShareGPT, 0.25/0.1 s: requests/s per GPU, best vLLM", "1.41"] == "none"
+    told = {(one.what, one.published): one.ours for one in compare_runs([run])}
     assert told["error against real A100 runs, decode tp1 pp1", "mean 3.0 points, at most 10"].startswith("mean 2.0")
     assert told["error against real A100 runs, colocated", "mean 5.5 points, at most 9.2"].startswith("not run")
     assert told["P90 TPOT past saturation, real 575 ms", "110 ms simulated"].startswith("400 ms (real 500 ms")
+
+
+def test_table_2_has_both_systems_at_every_published_rate():
+    found = table_2.simulate([30], workers=1)
+    assert [(row["system"], row["rate"]) for row in found] == [
+        (name, rate) for name in ("vLLM", "DistServe-Low") for rate in (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
+    ]
+    assert all(0 <= row["ours"][30] <= 100 for row in found)
+    vllm, distserve, ratio = table_2.compare(found)
+    assert "97 / 96.8, 65.5 / 65.1" in vllm.published and "99.3 / 99.3, 87.3 / 88.3" in distserve.published
+    assert ratio.published == "2.19x: 2.42 and 1.11 requests/s"
+
+
+def test_notes_of_many_runs_are_told_once_with_every_place():
+    told = merged([("a", "tp = 1: batch: 99 is outside the measured 1 to 95"), ("b", "another"),
+                   ("c", "tp = 1: batch: 120 is outside the measured 1 to 95"), ("b", "another")])  # fmt: skip
+    assert told == ["tp = 1: batch: 99 is outside the measured 1 to 95 (a, c)", "another (b)"]
+
+
+def test_a_plan_that_is_not_the_papers_has_nothing_published_beside_it():
+    one = EVALUATIONS[0]
+    plan = one.plan()
+    assert one.is_asked_by(replace(plan, search=replace(plan.search, seed=2, requests=50)))
+    for other in (
+        replace(plan, slo=SloConfig(0.3, 0.1)),
+        replace(plan, cluster=replace(plan.cluster, gpus_per_node=8)),
+        replace(plan, workload=replace(plan.workload, cv=4.0)),
+    ):
+        assert not any(each.is_asked_by(other) for each in EVALUATIONS)
+    assert compare(None, "changed", {}, ("joint",)) == []
+
+
+def test_the_papers_placement_is_told_with_what_it_is_worth_and_what_holds_it_back():
+    def curve(goodput, ttft, tpot):
+        return {"goodput_90": goodput, "unit": f"unit of {goodput}",
+                "curve": [{"rate": 1.5 * goodput, "both": 0.5, "ttft": ttft, "tpot": tpot}]}  # fmt: skip
+
+    entry = {"joint": {"DistServe": curve(2.0, 0.9, 0.6), AT_TABLE_3: curve(1.6, 0.6, 0.9)}}
+    told = at_table_3(entry, "joint")
+    assert "1.60" in told and "where TTFT holds it back" in told and "unit of 2.0 has 2.00 (+25%)" in told
 
 
 def test_unknown_experiments_are_refused_in_one_sentence(tmp_path):

@@ -83,7 +83,7 @@ def test_the_launcher_writes_every_run_and_the_errors_of_those_that_are_told(tmp
         [[*row, f"{a:.6f}", f"{b:.6f}"] for row, a, b in zip(rows, late, token, strict=True)],
         [*HEADER, "ttft_s", "tpot_s"],
     )
-    flags = [f"--runs={runs}", "--slo_ttft=0.2", "--slo_tpot=0.1", f"--output_dir={tmp_path / 'out'}"]
+    flags = [f"--runs={runs}", "--slo_ttft=0.2", "--slo_tpot=0.1", "--requests=20", f"--output_dir={tmp_path / 'out'}"]
     done = subprocess.run(
         [sys.executable, "-m", "experiments.simulator_accuracy", *flags], cwd=CHECKOUT, capture_output=True, text=True
     )
