@@ -1,7 +1,8 @@
 """The knobs of a configuration: every leaf field of nested frozen dataclasses, with its type, default and manual.
 
 A knob's name is its path (`decode.tp`), its manual the string under the field in the source. Types that a knob can
-have: int, float, str, bool, an enum, Literal, tuple[X, ...] of those, and X | None.
+have: int, float, str, bool, an enum, Literal, tuple[X, ...] of those, X | None, and tuple[D, ...] of a dataclass D of
+such fields, which a flag gives as `a=1,b.c=2;a=3`.
 """
 
 from __future__ import annotations
@@ -72,6 +73,9 @@ def check_types(config: Any, config_class: Any, name: str = "config") -> None:
         kind, value, path = _types(config_class)[field.name], getattr(config, field.name), f"{name}.{field.name}"
         if dataclasses.is_dataclass(kind):
             check_types(value, kind, path)
+        elif dataclasses.is_dataclass(_tuple_item(kind)) and isinstance(value, tuple):
+            for index, part in enumerate(value):
+                check_types(part, _tuple_item(kind), f"{path}[{index}]")
         elif not accepts(kind, value):
             raise ValueError(f"{path} = {value!r} must be {words(kind)}{_suggestion_among_choices(kind, value)}")
 
@@ -91,12 +95,14 @@ def accepts(kind: Any, value: Any) -> bool:
 
 
 def parse(kind: Any, text: str) -> Any:
-    """Read a value of this type from a flag: `2`, `0.5`, `true`, `bfloat16`, `128,512`, `none`.
+    """Read a value of this type from a flag: `2`, `0.5`, `true`, `bfloat16`, `128,512`, `none`, `a=1,b.c=2;a=3`.
 
     Raises:
         ValueError: what the text must be.
     """
     choices, item, optional = _choices(kind), _tuple_item(kind), _optional(kind)
+    if dataclasses.is_dataclass(item):
+        return tuple(_record(item, part) for part in text.split(";") if part.strip())
     try:
         if optional is not None:
             return None if text.strip().lower() == "none" else parse(optional, text)
@@ -110,6 +116,24 @@ def parse(kind: Any, text: str) -> Any:
         return kind(text)
     except (KeyError, ValueError):
         raise ValueError(f"must be {words(kind)}{_suggestion_among_choices(kind, text)}") from None
+
+
+def _record(config_class: Any, text: str) -> Any:
+    """A dataclass from `name=chat,slo.ttft_s=0.25`: its defaults, with these fields set."""
+    kinds = {knob.name: knob.type for knob in knobs(config_class)}
+    record = config_class()
+    for setting in text.split(","):
+        name, equals, value = (part.strip() for part in setting.partition("="))
+        if not equals or name not in kinds:
+            raise ValueError(
+                f"{setting.strip()!r} must be NAME=VALUE with a field of {config_class.__name__}, one of "
+                f"{', '.join(kinds)}{suggestion(name, kinds)}"
+            )
+        try:
+            record = set_knob(record, name, parse(kinds[name], value))
+        except ValueError as error:
+            raise ValueError(f"{name} = {value} {error}") from None
+    return record
 
 
 def words(kind: Any) -> str:
@@ -136,6 +160,9 @@ def _words(kind: Any) -> tuple[str, str]:
         return text, f"each {text}"
     if item is not None:
         return f"a tuple of {_words(item)[1]}", f"tuples of {_words(item)[1]}"
+    if dataclasses.is_dataclass(kind):
+        knobs(kind)  # a TypeError here names a type that we do not know
+        return f"{kind.__name__}(...)", f"{kind.__name__}(...), in a flag as NAME=VALUE,NAME=VALUE;NAME=VALUE"  # type: ignore[union-attr]
     if kind not in _WORDS:
         raise TypeError(f"a configuration field cannot have the type {kind}: use one that ds_jax/knobs.py names")
     return _WORDS[kind]

@@ -6,7 +6,8 @@ manual.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ds_jax.config import ROLES, SloConfig
@@ -38,6 +39,23 @@ class WorkloadConfig:
     """Coefficient of variation of the gaps between arrivals: 1 is Poisson, larger is bursty (Gamma)."""
     rate: float = 0.0
     """Requests/s that the plan must carry, by replication; 0: as many as one unit of the plan carries."""
+
+    def check(self, name: str) -> None:
+        """Refuse a value out of range; `name` is this field's own in the sentence."""
+        if not self.cv > 0:
+            raise ValueError(f"{name}.cv = {self.cv} must be greater than 0")
+        if not self.rate >= 0:
+            raise ValueError(f"{name}.rate = {self.rate} must be 0 or more")
+
+
+@dataclass(frozen=True)
+class Application:
+    """One of several applications that share a cluster: requests of its own, with targets of their own."""
+
+    name: str = ""
+    """Letters, digits, - and _: its configuration to serve with is serve_NAME.py."""
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    slo: SloConfig = field(default_factory=lambda: SloConfig(ttft_s=0.25, tpot_s=0.1))
 
 
 @dataclass(frozen=True)
@@ -88,6 +106,14 @@ class PlanConfig:
     slo: SloConfig = field(default_factory=lambda: SloConfig(ttft_s=0.25, tpot_s=0.1))
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    applications: tuple[Application, ...] = ()
+    """Several applications that share the cluster, in place of slo and workload; each gets GPUs of its own. With rates
+    the smallest share of what each asks for is made as large as can be, without any the requests/s of all together."""
+
+    def alone(self, application: Application, cluster: ClusterConfig) -> PlanConfig:
+        """The plan of one application on a part of the cluster, as many requests as that carries."""
+        workload = replace(application.workload, rate=0.0)
+        return replace(self, applications=(), slo=application.slo, workload=workload, cluster=cluster)
 
     def check(self) -> None:
         """Refuse what no cluster could make right.
@@ -108,15 +134,13 @@ class PlanConfig:
             ("cluster.network_gbits", self.cluster.network_gbits),
             ("slo.ttft_s", self.slo.ttft_s),
             ("slo.tpot_s", self.slo.tpot_s),
-            ("workload.cv", self.workload.cv),
             ("search.precision", self.search.precision),
         ):
             if not number > 0:
                 raise ValueError(f"{name} = {number} must be greater than 0")
+        self.workload.check("workload")
         if not 0 < self.search.attainment < 1:
             raise ValueError(f"search.attainment = {self.search.attainment} must be between 0 and 1")
-        if not self.workload.rate >= 0:
-            raise ValueError(f"workload.rate = {self.workload.rate} must be 0 or more")
         for name, value in (
             ("search.requests", self.search.requests),
             ("search.max_pp", self.search.max_pp),
@@ -125,3 +149,28 @@ class PlanConfig:
         ):
             if value < 0:
                 raise ValueError(f"{name} = {value} must be 0 or more")
+        self._check_applications()
+
+    def _check_applications(self) -> None:
+        names = [one.name for one in self.applications]
+        for index, one in enumerate(self.applications):
+            if not re.fullmatch(r"[\w-]+", one.name):
+                raise ValueError(f"applications[{index}].name = {one.name!r} must be of letters, digits, - and _")
+            if names.count(one.name) > 1:
+                raise ValueError(f"applications: the name {one.name} is given {names.count(one.name)} times, not once")
+            for field_name, target in (("ttft_s", one.slo.ttft_s), ("tpot_s", one.slo.tpot_s)):
+                if not target > 0:
+                    raise ValueError(f"applications.{one.name}.slo.{field_name} = {target} must be greater than 0")
+            one.workload.check(f"applications.{one.name}.workload")
+        rated = [one.name for one in self.applications if one.workload.rate]
+        if rated and len(rated) < len(self.applications):
+            missing = next(one.name for one in self.applications if not one.workload.rate)
+            raise ValueError(
+                f"applications.{missing}.workload.rate = 0 must be greater than 0, as {rated[0]} has a rate: give all "
+                "of them one, or none"
+            )
+        gpus = self.cluster.nodes * self.cluster.gpus_per_node
+        if len(self.applications) > gpus:
+            raise ValueError(f"applications: {len(self.applications)} of them need a GPU each; the cluster has {gpus}")
+        if self.applications and self.cluster.decode_gpu:
+            raise ValueError(f"cluster.decode_gpu = {self.cluster.decode_gpu} must be empty with several applications")

@@ -7,12 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from ds_jax.config import Config, SloConfig
-from ds_jax.flags import read_config
+from ds_jax.config import SloConfig
 from ds_jax.placement.bounds import bound
 from ds_jax.placement.goodput import fine_rates, goodput, published_rates
 from ds_jax.placement.layouts import Group, Shape, multiplexed_units, paired_units, shapes
-from ds_jax.placement.report import serving_config, summary
 from ds_jax.placement.search import Candidate, Infeasible, PlacementSearch, find_goodput
 from ds_jax.plan import ClusterConfig, PlanConfig, SearchConfig, WorkloadConfig
 from ds_jax.protocol import Role
@@ -172,22 +170,6 @@ def test_decode_gpus_of_another_kind_have_step_times_and_memory_of_their_own():
     assert hardware.kv_tokens(prefill) > 2 * hardware.kv_tokens(decode) > 0
     assert hardware.step_time(decode).step_s((), 1, 500) > 1.5 * hardware.step_time(prefill).step_s((), 1, 500)
     assert hardware.extrapolated
-
-
-def test_the_configuration_to_serve_with_is_a_valid_one_of_the_placement_found(tmp_path):
-    plan = replace(OPT_13B, slots=64)
-    with _search(plan) as search:
-        found = search.find(beside=("colocated", "deflected"))
-        for placement in (found.placement, *found.beside.values()):
-            file = tmp_path / f"{placement.policy}.py"
-            file.write_text(serving_config(plan, placement, search.hardware, dummy=True), encoding="utf-8")
-            config = read_config(str(file), Config)
-            config.check()
-            assert config.policy == placement.policy and config.devices() == placement.gpus
-            assert all(group.slots == 64 for role, group in config.groups() if role is not Role.PREFILL)
-    values = summary(plan, found)
-    assert values["best_colocated_goodput_per_gpu"] == found.beside["colocated"].goodput_per_gpu
-    assert "isaggregation" in values["verdict"]
 
 
 # --- what cannot be ---------------------------------------------------------------------------------------------------
