@@ -15,6 +15,7 @@ import dataclasses
 import statistics
 import time
 import tracemalloc
+from collections.abc import Iterable
 from typing import Any
 
 from absl import flags
@@ -30,7 +31,7 @@ from ds_jax.plan import PlanConfig, SearchConfig
 from ds_jax.protocol import InstanceUp, Role, Slo
 from ds_jax.scheduling import POLICIES
 from ds_jax.simulation import VirtualTime
-from ds_jax.workload import workload
+from ds_jax.workload import Submission, workload
 from experiments.output import Output, axes, table
 from models.folder import read_configs
 
@@ -117,7 +118,7 @@ class Bench:
                 seconds.append(now - last)
                 last = now
 
-        events = self._simulate(rate, _REQUESTS.value, on_end)
+        events = self._simulate(list(self._requests(rate, _REQUESTS.value)), on_end)
         inner = seconds[1:-1]  # neither filling up nor running dry
         each = min(inner) / _STRETCH
         return {
@@ -133,18 +134,20 @@ class Bench:
         peaks = []
         for count in (_MEMORY_REQUESTS.value, 10 * _MEMORY_REQUESTS.value):
             tracemalloc.start()
-            self._simulate(rate, count, lambda one: None)
+            self._simulate(self._requests(rate, count), lambda one: None)
             peaks.append(tracemalloc.get_traced_memory()[1] / 2**20)
             tracemalloc.stop()
         return {"peak_mib": peaks[0], "peak_mib_at_ten_times": peaks[1]}
 
-    def _simulate(self, rate: float, count: int, on_end: Any) -> int:
+    def _requests(self, rate: float, count: int) -> Iterable[Submission]:
+        slo = Slo(round(self.plan.slo.ttft_s * 1e9), round(self.plan.slo.tpot_s * 1e9))
+        return workload("sharegpt", rate=rate, count=count, seed=1, slo=slo)
+
+    def _simulate(self, requests: Iterable[Submission], on_end: Any) -> int:
         policy = self.plan.policy
         instances = self.hardware.instances(self.unit, BOTH, policy)
         latency = self.hardware.latency(self.unit, instances, BOTH, policy)
         world = VirtualTime(self.hardware.scheduler(self.unit, policy), latency, on_end)
-        slo = Slo(round(self.plan.slo.ttft_s * 1e9), round(self.plan.slo.tpot_s * 1e9))
-        requests = workload("sharegpt", rate=rate, count=count, seed=1, slo=slo)
         world.run([(0, InstanceUp(one)) for one in instances], requests)
         return world.events
 

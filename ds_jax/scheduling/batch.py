@@ -92,16 +92,12 @@ class RunningBatch:
             return Decodes()
         if grown:
             members = self._members
-            fresh, plain = [], []
-            for id, pages in grown.items():
-                if id in members:  # not preempted after it grew
-                    plain.append(members[id])
-                    members[id] = entry = Decode(id, members[id][1], pages)
-                    fresh.append(entry)
+            plain = [members[id] for id in grown if id in members]  # the others were preempted after they grew
+            fresh = tuple([Decode(id, slot, grown[id]) for id, slot, _ in plain])
+            members |= {entry[0]: entry for entry in fresh}
             decodes = Decodes(members.values())
-            decodes.grown = tuple(fresh)
-            for entry in plain:
-                members[entry[0]] = entry
+            decodes.grown = fresh
+            members |= {entry[0]: entry for entry in plain}
         elif self._joined or self._parted or self._last.grown:
             decodes = Decodes(self._members.values())
             decodes.grown = ()
@@ -125,20 +121,25 @@ class RunningBatch:
     def _grow(self, tick: int, find_page: Callable[[Sequence], bool]) -> dict[int, tuple[int, ...]]:
         """Give a page to each steady member whose day has come; who finds none turns loose and sits the step out."""
         grown: dict[int, tuple[int, ...]] = {}
-        ledger = self._ledger
+        grow, later = self._ledger.grow_by_one, tick + self._ledger.page_size
+        again = []
         for sequence in self._growth.pop(tick):
             if sequence.grows_at != tick or sequence.batch is not self:
                 continue
-            if ledger.free or find_page(sequence):
-                grown[sequence.id] = ledger.grow_by_one(sequence.lease)  # type: ignore[arg-type]
-                sequence.grows_at = later = tick + ledger.page_size
-                if later in self._growth:
-                    self._growth[later].append(sequence)
-                else:
-                    self._growth[later] = [sequence]
+            pages = grow(sequence.lease)  # type: ignore[arg-type]
+            if pages is None and find_page(sequence):
+                pages = grow(sequence.lease)  # type: ignore[arg-type]
+            if pages is not None:
+                grown[sequence.id] = pages
+                sequence.grows_at = later
+                again.append(sequence)
             elif sequence.steady:
                 self._loosen(sequence)
                 self._stall(sequence)
+        if later in self._growth:
+            self._growth[later] += again
+        elif again:
+            self._growth[later] = again
         return grown
 
     def _include(self, grown: dict[int, tuple[int, ...]], find_page: Callable[[Sequence], bool]) -> list[Sequence]:

@@ -76,7 +76,7 @@ class Flight:
     ) -> Copy:
         """Move the first pages of one lease, as many as the other has, into that; the first `shared` are there."""
         (here, old), (there, new) = source, destination
-        pages = tuple(zip(old.pages[: len(new.pages)], new.pages, strict=True))[shared:]
+        pages = tuple(zip(old.pages[shared : len(new.pages)], new.pages[shared:], strict=True))
         held = tuple(new.pages[:shared])
         copy = Copy(self._next_copy, sequence.id, here.place_of(old), there.place_of(new), pages, shared=held)
         self._next_copy += 1

@@ -79,8 +79,10 @@ class PageLedger:
         lease.pages += new
         return tuple(new)
 
-    def grow_by_one(self, lease: Lease) -> tuple[int]:
-        """`grow` by a page that is free, for the one place where it happens every step."""
+    def grow_by_one(self, lease: Lease) -> tuple[int] | None:
+        """`grow` by one page, for the one place where it happens every step; None if no page is free."""
+        if not self._free:
+            return None
         page = self._free.pop()
         lease.pages.append(page)
         return (page,)

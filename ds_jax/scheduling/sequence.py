@@ -142,7 +142,7 @@ class Sequence:
     @property
     def tokens(self) -> int:
         """Tokens whose values are known: prompt and confirmed output."""
-        return self.request.prompt_tokens + self.emitted
+        return self.request.prompt_tokens + (self.emitted if self.steady else self.counted)
 
     @property
     def has_more(self) -> bool:
