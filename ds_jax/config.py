@@ -111,12 +111,13 @@ class SchedulerConfig:
     """chunked: most tokens in one step, decodes and prompt chunks together (Sarathi: 512 strict, 2048 relaxed)."""
     chunk_order: Literal["sarathi", "splitfuse", "vllm_v1"] = "sarathi"
     """chunked: whose rules fill the budget."""
-    queue_order: Literal["fcfs", "sjf", "ljf", "edf", "llf"] = "fcfs"
-    """multiplexed: order of waiting prompts: first come, shortest, longest, deadline, least slack first."""
+    queue_order: Literal["fcfs", "sjf", "ljf", "edf", "llf"] = "sjf"
+    """multiplexed: order of waiting prompts: first come, shortest (Tropical's code), longest, deadline, least slack."""
     routing: Literal["code", "readme"] = "code"
     """multiplexed: whose routing, that of Tropical's code or of its README."""
     memory_watermark: float = 0.9
-    """multiplexed, deflected: a decode worker with a larger share of its pages in use takes no prompt."""
+    """multiplexed with routing = readme, deflected: a worker that decodes takes no prompt beyond this share of pages in
+    use."""
     early_rejection: bool = False
     """deflected: refuse (HTTP 429) a request as soon as its TTFT target can no longer be met."""
     latency_profile: str = ""

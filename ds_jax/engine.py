@@ -23,6 +23,7 @@ from ds_jax.config import Config, SloConfig
 from ds_jax.errors import Draining, Overloaded, RequestError
 from ds_jax.metrics import RequestTimes, StageClock
 from ds_jax.protocol import (
+    NO_TARGET_NS,
     Arrived,
     Copy,
     CopyDone,
@@ -47,9 +48,6 @@ from ds_jax.scheduling import create_scheduler
 from ds_jax.text import Tokenizer
 
 log = logging.getLogger(__name__)
-
-NO_TARGET_NS = 2**62
-"""Stands for a target that a request does not have beside one that it has."""
 
 
 class Update(NamedTuple):

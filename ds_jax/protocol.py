@@ -37,9 +37,13 @@ class Medium(enum.StrEnum):
     HOST = "host"
 
 
+NO_TARGET_NS = 2**62
+"""In place of a latency target, where a request has only the other one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """Latency targets of one request, in nanoseconds."""
+    """Latency targets of one request, in nanoseconds; one of `NO_TARGET_NS` or more is none."""
 
     ttft_ns: int
     tpot_ns: int

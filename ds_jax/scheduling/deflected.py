@@ -15,13 +15,15 @@ that a decode worker can take without missing a token's due time. What is added:
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence as Many
 
 from ds_jax.protocol import Decodes, Prefill
 from ds_jax.scheduling.admission import Line
 from ds_jax.scheduling.multiplexed import place_with_fewest_tokens
 from ds_jax.scheduling.sequence import Phase, Sequence
-from ds_jax.scheduling.slack import Account, Foresight, SlackPolicy
+from ds_jax.scheduling.slack import Foresight, SlackPolicy
 from ds_jax.scheduling.worker import Worker
 
 FLOOR = 0.7
@@ -32,6 +34,8 @@ BEHIND = 2.0
 """by a step of at most so many SLO_tpot."""
 PATIENCE_NS = 10 * 10**9
 """A request without a TTFT target is ranked as if it had this one; it is never given up."""
+LEAST_SHARE = 0.1
+"""Of a multiplexing worker, for prompts, however much its decodes take."""
 SMALLEST_CHUNK = 16
 """Tokens; below, a worker takes no further prompts until a chunk of twice as many is safe."""
 HORIZON = 4
@@ -46,60 +50,106 @@ class Deflected(SlackPolicy):
     def __init__(self, *arguments: object, **options: object):
         super().__init__(*arguments, **options)
         self._line = Line(self.most_overtaking)
+        self._reserved: tuple[Sequence, Worker] | None = None
+        """Who was overtaken too often, and the worker that begins no other prompt before it:"""
         self._held: list[Sequence] = []
-        """Finished prefills that are not pulled yet, so that the pages go to a prompt overtaken too often:"""
-        self._held_for: Sequence | None = None
+        """finished prefills that are not pulled meanwhile, so that the pages go to that prompt."""
 
     # --- the line -----------------------------------------------------------------------------------------------------
 
     def place_prompt(self, sequence: Sequence) -> Worker | None:
         """Into the line. A replay goes ahead of all: whoever reads its answer is waiting now."""
-        workers = self.candidates(sequence, prefill=True)
-        work_ns = min((self.prefill_ns(sequence, worker) for worker in workers), default=0.0)
-        self._line.add(sequence, self._urgency(sequence)[0], self.deadline_ns(sequence), work_ns)
+        self._line.add(
+            sequence,
+            self._urgency(sequence)[0],
+            self.deadline_ns(sequence),
+            self._work_ns(sequence, self._able(sequence)),
+        )
         return None
 
     def dispatch(self) -> None:
         """The line is offered to all who have room, the soonest free first; those who cannot be in time give way."""
-        if self._held and self._line.forced() is not self._held_for:
-            self._release()
+        self._reserve()
         if not self._line:
             return
-        able = [worker for worker in self.workers.values() if worker.free_lane() is not None]
-        for worker in sorted(able, key=self._free_ns) if len(able) > 1 else able:
-            self.touch(worker)
-        for sequence in self._line.triage(self.now_ns, self._prefillers()):
-            if self.options.early_rejection and sequence.first_ns is None:
-                again_s = (self._line.ends_ns(self.now_ns, self._prefillers(), lambda _: True) - self.now_ns) / 1e9
-                for doomed in [*sequence.forks, sequence]:
-                    self.reject(doomed, "its TTFT target can no longer be met", retry_after_s=max(1.0, again_s))
+        free = sorted([(self.free_ns(worker), worker.instance.id) for worker in self.workers.values()])
+        for _, id in free:
+            if (worker := self.workers[id]).free_lane() is not None:
+                self.touch(worker)
+        able = [worker for worker in self.workers.values() if not worker.draining]
+        if able:
+            begun = [
+                (self._urgency(one)[0], self.prefill_ns(one, worker))
+                for worker in able
+                for one in worker.prompts.partial.values()
+            ]
+            self._line.triage(sorted([(self._next_ns(worker), self._share(worker)) for worker in able]), sorted(begun))
+            if self.options.early_rejection:
+                self._reject_hopeless(able)
 
-    def _prefillers(self) -> float:
-        """Workers' worth of prefill: all of a prefill worker, of a multiplexing one what its decodes leave."""
-        total = 0.0
-        for worker in self.workers.values():
-            share = 1.0
-            for account in self.foresight(worker).accounts:
-                tpot_ns = account.tightest_tpot_ns()
-                if tpot_ns < math.inf:
-                    step_s = self.foresight(worker).forecast.step_s([], account.batch, account.context_tokens)
-                    share = min(share, 1 - step_s * 1e9 / tpot_ns if tpot_ns else 0.0)
-            total += max(0.1, share)
-        return max(1.0, total)
+    def _reject_hopeless(self, workers: list[Worker]) -> None:
+        """Turn away who would be late even if the next worker that is free did nothing else."""
+        free_ns = min(self._next_ns(worker) for worker in workers)
+        spared = []
+        while (entry := self._line.hopeless(free_ns)) is not None:
+            sequence = entry.sequence
+            able = self._able(sequence)
+            ends = [self._next_ns(worker) + self.prefill_ns(sequence, worker) for worker in able]
+            if min(ends, default=float(self.now_ns)) <= entry.deadline_ns:
+                spared.append((entry, self._work_ns(sequence, able)))
+                continue
+            assert sequence.request.slo is not None
+            target_s = sequence.request.slo.ttft_ns / 1e9
+            why = f"its TTFT target of {target_s:g} s can no longer be met: no instance can run its prompt by then"
+            rest_ns = self._line.work_ns() / sum(self._share(worker) for worker in workers)
+            again_s = (free_ns - self.now_ns + rest_ns) / 1e9
+            for doomed in [*sequence.forks, sequence]:
+                self.reject(doomed, why, retry_after_s=max(1.0, again_s))
+        for entry, work_ns in spared:
+            self._line.reprieve(entry, work_ns)
 
-    def _free_ns(self, worker: Worker) -> float:
-        """When the worker could begin another prompt, those that it has begun being done."""
-        rest_ns = sum(self.prefill_ns(one, worker) for one in worker.prompts.partial.values())
-        return self.foresight(worker).forecast.free_ns(self.now_ns) + rest_ns
+    def _next_ns(self, worker: Worker) -> float:
+        """When the worker has done what is in flight there, and could turn to any prompt."""
+        return self.foresight(worker).forecast.free_ns(self.now_ns)
+
+    def _share(self, worker: Worker) -> float:
+        """Of the worker for prompts: what its decodes leave, all of a prefill worker."""
+        share = 1.0
+        foresight = self.foresight(worker)
+        for account in foresight.accounts:
+            tpot_ns = account.tightest_tpot_ns()
+            if tpot_ns < math.inf:
+                step_s = foresight.forecast.step_s([], account.batch, account.context_tokens)
+                share = min(share, 1 - step_s * 1e9 / tpot_ns if tpot_ns else 0.0)
+        return max(LEAST_SHARE, share)
+
+    def _work_ns(self, sequence: Sequence, workers: list[Worker]) -> float:
+        """What its prefill takes where it is fastest."""
+        return min([self.prefill_ns(sequence, worker) for worker in workers], default=0.0)
+
+    # --- nobody waits for ever ----------------------------------------------------------------------------------------
+
+    def _reserve(self) -> None:
+        """Keep a worker for who was overtaken too often: one that can begin it now, or the one with most free pages."""
+        forced = self._line.forced() if self._line else None
+        if self._reserved is not None:
+            sequence, worker = self._reserved
+            if forced is sequence and worker.alive and not worker.draining:
+                return
+            self._reserved = None
+        if self._held:
+            self._release()
+        if forced is not None and (able := self._able(forced)):
+            worker = min(able, key=lambda one: (not one.prompts.can_start(forced), one.decodes, -one.ledger.free))
+            self._reserved = forced, worker
 
     def place_decode(self, sequence: Sequence) -> Worker | None:
-        """Where it is, or on the multiplexing worker with the fewest decode tokens that nobody has to start on."""
+        """Where it is, or on the multiplexing worker with the fewest decode tokens that is not reserved."""
         workers = self.candidates(sequence, prefill=False)
-        if not sequence.home.decodes and (forced := self._line.forced()) is not None:
-            workers = [worker for worker in workers if worker not in self._able(forced)]
+        if not sequence.home.decodes and self._reserved is not None:
+            workers = [worker for worker in workers if worker is not self._reserved[1]]
             if not workers:
                 self._held.append(sequence)
-                self._held_for = forced
         return place_with_fewest_tokens(sequence, workers)
 
     def _release(self) -> None:
@@ -125,22 +175,19 @@ class Deflected(SlackPolicy):
         """The largest safe chunk of the most urgent prompt, and short prompts beside it up to L_m tokens together."""
         if not worker.prompts.partial and not self._line:
             return []
-        instance, foresight = worker.instance, self.foresight(worker)
-        account = foresight.accounts[lane]
-        strict, lenient = self._seconds(foresight, account, lane)
+        instance = worker.instance
+        room = Room(self.foresight(worker), lane, self.now_ns)
         limit = min(instance.saturation_tokens, instance.max_step_tokens)
         chunks: list[tuple[Sequence, Prefill]] = []
         sizes: list[tuple[int, int]] = []
         tokens = rows = 0
-        while (found := self._first(worker, lane, strict, lenient)) is not None:
+        while (found := self._first(worker, room)) is not None:
             sequence, seconds = found
             most = min(sequence.tokens - sequence.prefilled, instance.max_step_tokens)
             rows += 1 + len(sequence.forks)
             if rows > instance.max_step_sequences or (tokens and tokens + most > limit):
                 break
-            safe = foresight.forecast.chunk_within(
-                seconds, sequence.prefilled, most, account.batch, account.context_tokens, sizes
-            )
+            safe = room.chunk_within(seconds, sequence.prefilled, most, sizes)
             most = safe if chunks else max(safe, min(most, SMALLEST_CHUNK))  # who was let in gets on, however slowly
             if most <= 0 or not self._started(sequence, worker):
                 break
@@ -150,37 +197,36 @@ class Deflected(SlackPolicy):
             tokens += most
             if sequence.id in worker.prompts.partial:
                 break
+        room.remember()
         return chunks
 
-    def _seconds(self, foresight: Foresight, account: Account, lane: int) -> tuple[float, float]:
-        """How long the next step may take for its decodes, and if a few of them may fall behind; inf: nobody minds."""
-        if not account.batch:
-            return math.inf, math.inf
-        begin_ns = foresight.forecast.free_ns(self.now_ns, lane)
-        strict = account.lenient_due_ns(begin_ns, FLOOR, 0.0, 0.0) - begin_ns
-        return strict / 1e9, max(strict, account.lenient_due_ns(begin_ns, FLOOR, FEW, BEHIND) - begin_ns) / 1e9
-
-    def _first(self, worker: Worker, lane: int, strict: float, lenient: float) -> tuple[Sequence, float] | None:
+    def _first(self, worker: Worker, room: Room) -> tuple[Sequence, float] | None:
         """The most urgent of the prompts begun here and of those in line that can be in time here, and the seconds that
         its step may take: decodes fall behind only for a prompt that would be late otherwise."""
         started = min(worker.prompts.partial.values(), key=self._urgency, default=None)
-        forced = self._line.forced()
-        if forced is not None and worker in self._able(forced):
+        if self._reserved is not None and self._reserved[1] is worker:
+            forced = self._reserved[0]
             other = started or (forced if worker.prompts.can_start(forced) else None)
-            return None if other is None else (other, strict)
+            return None if other is None else (other, room.strict)
         if started is None or self.may_interrupt(worker):
-            for sequence in [entry.sequence for entry in self._line.on_time()]:
-                if started is not None and self._urgency(started) <= self._urgency(sequence):
+            urgency = self._urgency(started) if started is not None else None
+            admitted = bool(self._line) and (room.admits(room.strict) or room.admits(room.lenient))
+            for entry in self._line.on_time() if admitted else ():
+                sequence = entry.sequence
+                if urgency is not None and urgency <= self._urgency(sequence):
                     break
                 if self._fits(worker, sequence):
-                    for seconds in (strict, lenient):
-                        if self._in_time(worker, lane, sequence, seconds):
-                            return sequence, seconds
+                    seconds = self._in_time(worker, room, sequence)
+                    if seconds is not None:
+                        return sequence, seconds
         if started is None:
-            late = self._too_late(worker, lane)
-            return None if late is None else (late, strict)
-        ends_ns = self._ends_ns(worker, lane, started, strict) if lenient > strict else -math.inf
-        return started, lenient if self.now_ns < self.deadline_ns(started) < ends_ns else strict
+            given_up = self._too_late(worker, room.lane)
+            return None if given_up is None else (given_up, room.strict)
+        deadline_ns = self.deadline_ns(started)
+        if self.now_ns < deadline_ns < math.inf and room.lenient > room.strict:
+            late = self._ends_ns(worker, room, started, room.strict) > deadline_ns
+            return started, room.lenient if late else room.strict
+        return started, room.strict
 
     def _too_late(self, worker: Worker, lane: int) -> Sequence | None:
         """Who was given up, for a worker that has nothing better to do: a prefill worker that would be idle."""
@@ -205,47 +251,40 @@ class Deflected(SlackPolicy):
 
     def _fits(self, worker: Worker, sequence: Sequence) -> bool:
         """Whether the worker may start it now: it is able to, and has pages beside those promised to hand-overs."""
-        if not worker.prompts.can_start(sequence, spare=worker.decoding.inbox_pages) or worker not in self._able(
-            sequence
-        ):
+        if not worker.prompts.can_start(sequence, spare=worker.decoding.inbox_pages):
+            return False
+        if worker not in self._able(sequence):
             return False
         return not worker.decodes or not worker.decoding.count or self.below_watermark(worker, sequence.tokens)
 
-    def _in_time(self, worker: Worker, lane: int, sequence: Sequence, seconds: float) -> bool:
-        """Whether its first token is expected in time if it starts here now."""
-        foresight = self.foresight(worker)
-        account = foresight.accounts[lane]
-        ends_ns = foresight.forecast.free_ns(self.now_ns, lane) + self.prefill_ns(sequence, worker)
-        if ends_ns > self.deadline_ns(sequence) or not account.batch:
-            pass
-        elif self._admits(foresight, account, seconds):
-            ends_ns = self._ends_ns(worker, lane, sequence, seconds)
-        else:
-            return False
-        return ends_ns <= self.deadline_ns(sequence)
+    def _in_time(self, worker: Worker, room: Room, sequence: Sequence) -> float | None:
+        """The seconds of a step with which its first token is expected in time if it starts here now; None: none."""
+        deadline_ns = self.deadline_ns(sequence)
+        if room.free_ns + self.prefill_ns(sequence, worker) > deadline_ns:
+            return None
+        if not room.account.batch:
+            return math.inf
+        if room.admits(room.strict) and self._ends_ns(worker, room, sequence, room.strict) <= deadline_ns:
+            return room.strict
+        if not room.lenient > room.strict or not room.admits(room.lenient):
+            return None
+        if self._ends_ns(worker, room, sequence, room.lenient) <= deadline_ns:
+            return room.lenient
+        return None
 
     def _able(self, sequence: Sequence) -> list[Worker]:
         return self.candidates(sequence, prefill=True)
 
-    def _admits(self, foresight: Foresight, account: Account, seconds: float) -> bool:
-        """With hysteresis: whether chunks here are large enough to begin another prompt."""
-        enough = SMALLEST_CHUNK if foresight.admits else 2 * SMALLEST_CHUNK
-        most = foresight.forecast.chunk_within(seconds, 0, enough, account.batch, account.context_tokens)
-        foresight.admits = most >= enough
-        return foresight.admits
-
-    def _ends_ns(self, worker: Worker, lane: int, sequence: Sequence, seconds: float) -> float:
+    def _ends_ns(self, worker: Worker, room: Room, sequence: Sequence, seconds: float) -> float:
         """When the prompt would be done here: each step as long as the slack that is left, which grows by SLO_tpot."""
-        foresight = self.foresight(worker)
-        forecast, account = foresight.forecast, foresight.accounts[lane]
-        begin_ns = self._free_ns(worker) if sequence.phase is Phase.WAITING else forecast.free_ns(self.now_ns, lane)
-        ends_s = begin_ns / 1e9
+        forecast, account = room.forecast, room.account
+        ends_s = (self.free_ns(worker) if sequence.phase is Phase.WAITING else room.free_ns) / 1e9
         each_s = account.tightest_tpot_ns() / 1e9
         size, done = 0, sequence.prefilled
         step_s = 0.0
         for _ in range(HORIZON):
             most = min(sequence.tokens - done, worker.instance.max_step_tokens)
-            size = forecast.chunk_within(seconds, done, most, account.batch, account.context_tokens)
+            size = room.chunk_within(seconds, done, most)
             step_s = forecast.step_s([(done, size)] if size else [], account.batch, account.context_tokens)
             ends_s += step_s
             done += size
@@ -260,6 +299,56 @@ class Deflected(SlackPolicy):
             if not worker.prompts.can_start(sequence):
                 return False
             self._line.remove(sequence)
+            if self._reserved is not None and self._reserved[0] is sequence:
+                self._reserved = None
             self.assign(sequence, worker)
             self.start(worker, sequence)
         return True
+
+
+class Room:
+    """What one step of a lane has for prompts beside its decodes."""
+
+    def __init__(self, foresight: Foresight, lane: int, now_ns: int):
+        self._foresight = foresight
+        self.lane = lane
+        self.forecast, self.account = foresight.forecast, foresight.accounts[lane]
+        self.free_ns = self.forecast.free_ns(now_ns, lane)
+        """When the step begins."""
+        self._admitted: dict[float, bool] = {}
+
+    @functools.cached_property
+    def strict(self) -> float:
+        """Seconds that the step may take for its decodes; inf: nobody minds."""
+        return self._seconds(0.0, 0.0)
+
+    @functools.cached_property
+    def lenient(self) -> float:
+        """The same if a few of them may fall behind."""
+        return max(self.strict, self._seconds(FEW, BEHIND))
+
+    def _seconds(self, few: float, behind: float) -> float:
+        if not self.account.batch:
+            return math.inf
+        return (self.account.lenient_due_ns(self.free_ns, FLOOR, few, behind) - self.free_ns) / 1e9
+
+    def chunk_within(self, seconds: float, start: int, most: int, beside: Many[tuple[int, int]] = ()) -> int:
+        """As `Forecast.chunk_within`, beside the decodes of the lane."""
+        return self.forecast.chunk_within(seconds, start, most, self.account.batch, self.account.context_tokens, beside)
+
+    def admits(self, seconds: float) -> bool:
+        """Whether chunks in a step of so many seconds are large enough to begin another prompt with.
+
+        With hysteresis: where they were not when the worker was planned last, they must be twice as large.
+        """
+        if not self.account.batch:
+            return True
+        if seconds not in self._admitted:
+            enough = SMALLEST_CHUNK if self._foresight.admits else 2 * SMALLEST_CHUNK
+            self._admitted[seconds] = self.chunk_within(seconds, 0, enough) >= enough
+        return self._admitted[seconds]
+
+    def remember(self) -> None:
+        """The step is planned: the next one knows whether there was slack, if that was asked."""
+        if self._admitted:
+            self._foresight.admits = any(self._admitted.values())

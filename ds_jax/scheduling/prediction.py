@@ -128,15 +128,19 @@ class Forecast:
         each = self._step_time.step_s([(0, 1)], 0, 0) if further else 0.0
         return (whole + further * each) * self._corrections[True].ratio
 
-    def free_ns(self, now_ns: int, lane: int = 0) -> int:
-        """When the steps in flight on the lane are expected to be done: now or later."""
+    def free_ns(self, now_ns: int, lane: int | None = None) -> int:
+        """When the steps in flight on the lane are expected to be done: now or later. None: on the soonest free."""
+        if lane is None:
+            if len(self._lanes) > 1:
+                return min([self.free_ns(now_ns, one) for one in range(len(self._lanes))])
+            lane = 0
         flight = self._lanes[lane]
         if not flight:
             return now_ns
-        begun_ns = max(flight[0].at_ns, self._done_ns[lane])
-        end_ns = max(now_ns, begun_ns + self._expected_ns(flight[0]))
-        for launched in list(flight)[1:]:
-            end_ns += self._expected_ns(launched)
+        end_ns = max(flight[0].at_ns, self._done_ns[lane]) + self._expected_ns(flight[0])
+        end_ns = max(now_ns, end_ns)
+        for index in range(1, len(flight)):
+            end_ns += self._expected_ns(flight[index])
         return end_ns
 
     def chunk_within(

@@ -7,9 +7,9 @@ import math
 import pytest
 
 from ds_jax.config import Config, DecodeConfig, MixedConfig, PrefillConfig, SchedulerConfig
-from ds_jax.protocol import Request, Role
+from ds_jax.protocol import NO_TARGET_NS, Request, Role, Slo
 from ds_jax.scheduling.admission import Line
-from ds_jax.scheduling.deflected import SMALLEST_CHUNK, Deflected
+from ds_jax.scheduling.deflected import SMALLEST_CHUNK, Deflected, Room
 from ds_jax.scheduling.sequence import Sequence
 from tests.scheduling.foretold import MS, Clocked, WithTargets, fewer, foretell, slo, worker
 from tests.scheduling.machine import conformance
@@ -97,11 +97,17 @@ def test_a_worker_that_stopped_taking_prompts_begins_again_only_with_twice_the_s
     base_s = foresight.forecast.safe_s([(0, 1)], account.batch, account.context_tokens)
     enough_s = base_s + 1.3e-3 * SMALLEST_CHUNK
 
-    def admits(seconds):
-        return scheduler._admits(foresight, account, seconds)
+    def planned(*seconds):
+        """What one plan makes of steps of so many seconds."""
+        room = Room(foresight, 0, one.now_ns)
+        admitted = [room.admits(one) for one in seconds]
+        room.remember()
+        return admitted
 
-    assert admits(enough_s) and not admits(base_s) and not admits(enough_s) and admits(2 * enough_s)
-    assert admits(enough_s)
+    assert planned(enough_s) == [True] and planned(base_s) == [False]
+    assert planned(enough_s) == [False] and planned(2 * enough_s) == [True] and planned(enough_s) == [True]
+    assert planned(base_s, enough_s, base_s, enough_s) == [False, True, False, True], "asking does not change its mind"
+    assert planned(enough_s) == [True]
 
 
 # --- who is given up --------------------------------------------------------------------------------------------------
@@ -116,16 +122,40 @@ def test_as_few_as_possible_are_given_up():
     for order, (name, (work, deadline)) in enumerate(jobs.items()):
         sequences[name] = Sequence(Request(order, 1, 1), order)
         line.add(sequences[name], deadline, deadline, work)
-    assert line.triage(0, workers=1) == [sequences["b"]]
-    assert [entry.sequence for entry in line.on_time()] == [sequences[name] for name in "acd"]
-    assert line.given_up() is sequences["b"]
-    assert line.triage(0, workers=1) == []
+    for _ in range(2):
+        line.triage([(0.0, 1.0)])
+        assert [entry.sequence for entry in line.on_time()] == [sequences[name] for name in "acd"]
+        assert line.given_up() is sequences["b"]
 
 
-def test_nobody_is_given_up_who_has_no_target():
+@pytest.mark.parametrize(
+    ("free", "kept"),
+    [
+        ([(0, 1.0), (0, 1.0)], "abcd"),  # two workers: all work is done at 9
+        ([(0, 1.0), (7, 1.0)], "abc"),  # one of them comes at 7: 10 are done at 8.5 and not at 8, where c is due
+        ([(0, 1.0), (6, 0.5)], "abc"),  # or gives half of itself
+        ([(3, 1.0)], "ab"),  # one worker, busy until 3: it has done 4 at 7, and c with 4 would end at 11
+    ],
+)
+def test_who_is_given_up_depends_on_when_workers_are_free(free, kept):
     line = Line(16)
-    line.add(Sequence(Request(0, 1, 1), 0), 5, math.inf, 100)
-    assert line.triage(10**9, workers=1) == []
+    for order, (name, work, deadline) in enumerate((("a", 2, 8), ("b", 2, 8), ("c", 4, 8), ("d", 10, 10))):
+        line.add(Sequence(Request(ord(name), 1, 1), order), deadline, deadline, work)
+    line.triage(free)
+    assert "".join(chr(entry.sequence.id) for entry in line.on_time()) == kept
+
+
+def test_nobody_is_given_up_who_has_no_target_and_replays_stay_ahead():
+    """A long prompt without a target, a replay, and short ones behind them that it makes late: those are given up."""
+    line = Line(16)
+    figures = ((5, math.inf, 100), (-math.inf, math.inf, 50), (20, 20, 3), (30, 30, 2), (400, 400, 200))
+    sequences = [Sequence(Request(id, 1, 1), id) for id in range(len(figures))]
+    for sequence, (rank, deadline, work) in zip(sequences, figures, strict=True):
+        line.add(sequence, rank, deadline, work)
+    line.triage([(0.0, 1.0)])
+    assert [entry.sequence.id for entry in line.on_time()] == [1, 0, 4]
+    line.triage([(10.0**9, 1.0)])
+    assert [entry.sequence.id for entry in line.on_time()] == [1, 0]
 
 
 def test_those_who_cannot_be_in_time_any_more_wait_behind_those_who_can():
@@ -143,16 +173,52 @@ def test_those_who_cannot_be_in_time_any_more_wait_behind_those_who_can():
 
 
 @pytest.mark.parametrize("early", [False, True])
-def test_early_rejection_says_when_to_come_back(early):
-    one = world(PREFILL, MIXED, early_rejection=early)
-    one.served(9, 10, tokens=3, tpot_ms=1)
-    one.take_news()
-    for id in range(6):
-        one.arrive(id, 1000, slo=slo(2500, 50))
+def test_early_rejection_is_of_those_who_can_surely_not_be_in_time_and_says_when_to_come_back(early):
+    """1 s and 0.4 s are in flight. Due after 1.5 s, a prompt of 0.4 s is late whatever is done, one of 60 ms is not."""
+    one = world(worker(1, Role.MIXED, max_step_tokens=10**4), early_rejection=early)
+    for id, prompt in enumerate((1000, 400, 400, 60)):
+        one.arrive(id, prompt, slo=slo(1500, 50))
+    one.arrive(4, 1000)
     refused = rejects(one.news)
-    assert bool(refused) is early
+    assert [reject.sequence for reject in refused] == ([2] if early else [])
     for reject in refused:
-        assert reject.why == "its TTFT target can no longer be met" and reject.retry_after_s >= 1
+        assert reject.why == "its TTFT target of 1.5 s can no longer be met: no instance can run its prompt by then"
+        assert reject.retry_after_s == pytest.approx(1.4, abs=0.1), "when the steps in flight are done"
+
+
+def test_a_request_with_a_target_per_token_alone_waits_no_longer_than_one_without_any():
+    one = world(worker(0, Role.PREFILL), MIXED)
+    one.served(9, 10, tokens=3, tpot_ms=1)
+    for id in (0, 1):
+        one.arrive(id, 100, slo=slo(10**6, 50))
+    one.arrive(2, 100, slo=Slo(NO_TARGET_NS, 50 * MS))
+    one.arrive(3, 100, slo=slo(10**6, 50))
+    assert one.scheduler.deadline_ns(one.scheduler.sequences[2]) == math.inf
+    one.after(100).finish(one.steps(0)[0])
+    assert waiting(one) == [3]
+
+
+def test_for_who_was_overtaken_one_worker_is_kept_free_and_the_others_go_on():
+    """The long prompt needs more pages than either worker has beside what decodes there, until one of those ends."""
+    one = world(*(worker(id, Role.MIXED, pages=120) for id in (0, 1)))
+    for id in (0, 1):
+        one.served(id, 80, tokens=2, tpot_ms=10**6)
+    assert {one.scheduler.sequences[id].home.instance.id for id in (0, 1)} == {0, 1}
+    one.arrive(2, 180, max_tokens=2, slo=slo(10**6, 10**6))
+    began = {}
+    for id in range(3, 3 + 2 * Deflected.most_overtaking):
+        one.arrive(id, 2, max_tokens=1, slo=slo(10**5, 10**6))
+        began[id] = one.scheduler._reserved is not None, one.scheduler.sequences[id].home
+        for step in one.steps()[:2]:
+            one.after(10).finish(step)
+    kept = one.scheduler._reserved[1]
+    assert one.scheduler._reserved[0].id == 2
+    assert {home for reserved, home in began.values() if reserved} <= {None, *one.scheduler.workers.values()} - {kept}
+    assert all(id not in one.scheduler.sequences for id in range(3, 2 * Deflected.most_overtaking)), "others are served"
+    one.stop(kept.instance.id)
+    while 2 in waiting(one):
+        one.after(10).finish(one.steps()[0])
+    assert one.scheduler.sequences[2].home is kept and one.scheduler._reserved is None
 
 
 def test_whoever_was_overtaken_often_enough_goes_next():

@@ -87,7 +87,7 @@ def test_waiting_prompts_are_run_in_the_configured_order(order, first):
     waiting = [
         Sequence(Request(id, prompt, 9, slo=slo(ttft_ms, 50)), order=id) for id, (prompt, ttft_ms) in figures.items()
     ]
-    assert min(waiting, key=scheduler.order(scheduler.workers[PREFILL.id])).id == first
+    assert min(waiting, key=lambda one: (scheduler.rank(one, scheduler.workers[PREFILL.id]), one.order)).id == first
 
 
 def test_a_prompt_that_is_half_done_gives_way_to_a_shorter_one_at_the_border_of_a_chunk():
@@ -101,11 +101,39 @@ def test_a_prompt_that_is_half_done_gives_way_to_a_shorter_one_at_the_border_of_
     assert prefilled(one.steps(0)[-1]) == [(1, 0, 8)]
 
 
-def test_a_worker_above_the_memory_watermark_takes_no_prompt():
-    one = world(PREFILL, worker(1, Role.MIXED, pages=200), memory_watermark=0.1)
-    one.served(0, 30, tokens=2, tpot_ms=10**6)
-    one.arrive(1, 12, slo=slo(10**6, 10**6))
-    assert one.scheduler.sequences[1].home.instance.id == PREFILL.id
+@pytest.mark.parametrize(
+    ("routing", "watermark", "where"), [("readme", 0.1, None), ("readme", 0.9, MIXED.id), ("code", 0.1, MIXED.id)]
+)
+def test_the_watermark_is_the_readmes_and_not_the_codes(routing, watermark, where):
+    """A prompt of 30 pages, where 20 of 200 are a tenth. The README tries an idle prefill worker first: it is busy."""
+    one = world(PREFILL, worker(1, Role.MIXED, pages=200), memory_watermark=watermark, routing=routing)
+    if routing == "readme":
+        one.arrive(0, 250)
+    one.arrive(1, 60, slo=slo(300, 50))
+    home = one.scheduler.sequences[1].home
+    assert (home and home.instance.id) == where
+
+
+def test_the_codes_prefill_workers_run_the_shortest_prompt_first():
+    one = world(PREFILL, worker(1, Role.MIXED, max_step_tokens=1000))
+    one.served(9, 5, tokens=1, tpot_ms=1)
+    for id, prompt in enumerate((300, 200, 100, 50)):
+        one.arrive(id, prompt, slo=slo(10**6, 50))
+    begun = [prefilled(step)[0][0] for step in one.steps(0)]
+    while len(begun) < 4:
+        one.after(1).finish(one.steps(0)[0])
+        begun += [prefilled(step)[0][0] for step in one.steps(0) if prefilled(step)[0][0] not in begun]
+    assert begun == [0, 1, 3, 2], "two steps are in flight when the short ones come"
+
+
+def test_a_prompt_that_would_make_another_late_waits_though_it_would_be_in_time_itself():
+    """Shortest first behind 300 ms that run: 2 is due at 560 ms and done at 500 or so. 60 ms more are too many."""
+    one = world(PREFILL, MIXED)
+    one.served(9, 5, tokens=1, tpot_ms=1)
+    for id, (prompt, ttft_ms) in enumerate(((150, 10**6), (150, 10**6), (200, 560), (60, 10**6))):
+        one.arrive(id, prompt, slo=slo(ttft_ms, 50))
+    homes = {id: one.scheduler.sequences[id].home for id in (2, 3)}
+    assert homes[2].instance.id == PREFILL.id and homes[3] is None
 
 
 def test_requests_without_targets_have_all_the_slack_there_is():
@@ -130,6 +158,6 @@ def machine(examples, **options):
     return fewer(conformance(make, roles=(Role.PREFILL, Role.MIXED), first_come_first_served=False), examples)
 
 
-TestFirstComeFirstServed = machine(30)
-TestShortestFirst = machine(15, queue_order="sjf", routing="readme")
+TestAsTheCode = machine(30)
+TestFirstComeFirstServed = machine(15, queue_order="fcfs", routing="readme")
 TestLeastSlackFirst = machine(15, queue_order="llf")
