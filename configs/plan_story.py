@@ -11,6 +11,9 @@ config = PlanConfig(
     model="models/embedded/story",
     dtype="float32",
     slots=16,
+    # As in configs/story.py, which the profile is measured with: what is found is served as it was measured.
+    max_step_tokens=512,
+    token_buckets=(64, 512),
     affinity="low",
     cluster=ClusterConfig(nodes=1, gpus_per_node=4, gpu="own"),
     slo=SloConfig(ttft_s=1.0, tpot_s=0.1),

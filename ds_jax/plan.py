@@ -99,6 +99,10 @@ class PlanConfig:
     """Scheduling policy that the placement is for; colocated is vLLM++."""
     slots: int = 256
     """Sequences that one instance decodes in a step, per pipeline stage."""
+    max_step_tokens: int = 2048
+    """Most prompt tokens in one step; a longer prompt runs in chunks of this size."""
+    token_buckets: tuple[int, ...] = ()
+    """Step sizes to compile when the placement is served, in tokens; empty: powers of two up to max_step_tokens."""
     affinity: Literal["high", "low"] = "high"
     """high: fast links between all nodes, each phase is placed alone (Algorithm 1); low: a prefill and a decode
     instance share nodes stage by stage, so that KV stays on the fast links (Algorithm 2)."""
@@ -127,6 +131,7 @@ class PlanConfig:
             ("cluster.nodes", self.cluster.nodes),
             ("cluster.gpus_per_node", self.cluster.gpus_per_node),
             ("slots", self.slots),
+            ("max_step_tokens", self.max_step_tokens),
         ):
             if value < 1:
                 raise ValueError(f"{name} = {value} must be at least 1")

@@ -28,7 +28,7 @@ class GoodputCache:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        keys = ("model", "dtype", "slo", "workload", "search")
+        keys = ("model", "dtype", "slots", "max_step_tokens", "slo", "workload", "search")
         facts = {key: value for key, value in dataclasses.asdict(plan).items() if key in keys}
         for irrelevant in ("prune", "workers", "cache", "max_pp", "max_tp"):
             del facts["search"][irrelevant]

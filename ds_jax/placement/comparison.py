@@ -77,7 +77,8 @@ def compare(search: PlacementSearch, beside: Iterable[str]) -> Comparison:
             infeasible[policy] = str(error)
         seconds[policy] = time.perf_counter() - begin
     assumed = search.requests.assumed
-    notes = [f"workload {plan.workload.name}: assumed {assumed}"] if assumed else []
+    notes = dict.fromkeys([f"workload {plan.workload.name}: assumed {assumed}"] if assumed else [])
+    notes |= dict.fromkeys(search.hardware.notes())
     own_s = seconds.pop(plan.policy)
     return Comparison(
         plan.policy,
@@ -87,5 +88,5 @@ def compare(search: PlacementSearch, beside: Iterable[str]) -> Comparison:
         own_s,
         seconds,
         search.hardware.extrapolated,
-        tuple(notes + search.hardware.notes()),
+        tuple(notes),
     )

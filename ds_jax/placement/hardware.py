@@ -20,9 +20,8 @@ from ds_jax.simulation import Links, PlacedLatency
 from ds_jax.simulation.public import PUBLIC_DISTSERVE, PUBLIC_VLLM, PublicSystem
 
 PAGE_SIZE = 16
-MAX_STEP_TOKENS = 2048
 MAX_STEP_SEQUENCES = 16
-"""Both as in `PrefillConfig`: what is found is what will be served."""
+"""As in `PrefillConfig`: what is found is what will be served."""
 OWN = "own"
 """Kind of GPU: the devices that the plan's profile was measured on."""
 _ENDLESS = 10**6
@@ -40,10 +39,9 @@ class Instant:
 class Hardware:
     """Answers for one plan; `arch` is its model."""
 
-    max_step_tokens = MAX_STEP_TOKENS
-
     def __init__(self, plan: PlanConfig, arch: Architecture):
         self.plan = plan
+        self.max_step_tokens = plan.max_step_tokens
         self.arch = arch
         names = dict.fromkeys(Role, plan.cluster.gpu) | {Role.DECODE: plan.cluster.decode_gpu or plan.cluster.gpu}
         self.gpus = {role: self._own() if name == OWN else gpu(name) for role, name in names.items()}
@@ -174,7 +172,7 @@ class Hardware:
             PAGE_SIZE,
             lanes=group.shape.pp,
             slots=self.plan.slots if decodes else 0,
-            max_step_tokens=MAX_STEP_TOKENS if prefills else 0,
+            max_step_tokens=self.max_step_tokens if prefills else 0,
             max_step_sequences=MAX_STEP_SEQUENCES if prefills else 0,
             saturation_tokens=self.l_m(group) if prefills else 0,
         )
@@ -215,11 +213,12 @@ class Hardware:
 
     def _links(self) -> Links:
         profile = self._profiles[Role.PREFILL]
-        return Links(
-            bytes_per_s=profile.copy_bytes_per_s or self.gpus[Role.PREFILL].link_bytes_per_s / 2,
+        device = self.gpus[Role.PREFILL]
+        return Links.of(
+            profile,
+            device.link_bytes_per_s / 2,
             network_bytes_per_s=self.plan.cluster.network_gbits * 1e9 / 8,
-            host_bytes_per_s=profile.host_bytes_per_s or self.gpus[Role.PREFILL].pcie_bytes_per_s,
-            latency_s=profile.copy_latency_s or 0.5e-3,
+            host_bytes_per_s=device.pcie_bytes_per_s,
         )
 
     def kv_transfer_s(self, tokens: float) -> float:

@@ -151,7 +151,9 @@ def serving_config(
         if group:
             settings += f", tp={group.shape.tp}, pp={group.shape.pp}"
             settings += f", slots={plan.slots}" if role is not Role.PREFILL else ""
-            settings += f", saturation_tokens={l_m[role]}" if role is not Role.DECODE else ""
+            if role is not Role.DECODE:
+                settings += f", max_step_tokens={plan.max_step_tokens}, saturation_tokens={l_m[role]}"
+                settings += f", token_buckets={plan.token_buckets!r}" if plan.token_buckets else ""
         groups.append(f"    {role}=c.{classes[role]}({settings}),\n")
     load = ', load_format="dummy"' if dummy else ""
     profile = f"    scheduler=c.SchedulerConfig(latency_profile={plan.profile!r}),\n" if plan.profile else ""
