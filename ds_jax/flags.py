@@ -132,9 +132,9 @@ def run(main: Callable[[list[str]], object]) -> None:
         try:
             return main(argv)
         except (ValueError, OSError, ImportError) as error:
-            if flags.FLAGS["traceback"].value or not _is_a_users_mistake(error):
+            if flags.FLAGS["traceback"].value or not is_a_users_mistake(error):
                 raise
-            _refuse(argv, _sentence(error))
+            _refuse(argv, sentence_of(error))
         except KeyboardInterrupt:
             sys.exit(130)
 
@@ -191,7 +191,8 @@ def _dataclasses_in(config_class: type) -> list[Any]:
     return [config_class, *(inner for part in nested for inner in _dataclasses_in(part))]
 
 
-def _is_a_users_mistake(error: BaseException) -> bool:
+def is_a_users_mistake(error: BaseException) -> bool:
+    """Whether our own code raised it, or a file cannot be opened; in a process of a pool, ask there."""
     if isinstance(error, OSError) and error.filename:
         return True  # a file that does not exist, or may not be read
     frames = traceback.extract_tb(error.__traceback__)
@@ -199,7 +200,8 @@ def _is_a_users_mistake(error: BaseException) -> bool:
     return path.is_relative_to(CHECKOUT) and path.relative_to(CHECKOUT).parts[0] in _OURS
 
 
-def _sentence(error: BaseException) -> str:
+def sentence_of(error: BaseException) -> str:
+    """What a user is told of a mistake."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error)

@@ -1,13 +1,14 @@
 """Runs of policies on workloads in simulation, and the rates that they can serve: what `experiments.policies` compares.
 
-All share the truth: step times of a latency profile, links inside one node, no host overhead. Policies that foretell
-get the same step times, wrong by a factor.
+All share the truth: step times of a latency profile, its links inside one node, its host overhead. Policies that
+foretell get step times of their own, those of the profile wrong by a factor.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Literal, NamedTuple
 from ds_jax.architecture import Architecture
 from ds_jax.attainment import Attainment, goodput
 from ds_jax.config import SchedulerConfig
-from ds_jax.latency import LatencyProfile, StepTime
+from ds_jax.latency import FittedStepTime, LatencyProfile, wrong_by
 from ds_jax.latency.gpus import gpu
 from ds_jax.latency.roofline import roofline
 from ds_jax.protocol import Instance, Role, Slo
@@ -37,8 +38,14 @@ from ds_jax.workload import (
 
 PAGE_SIZE = 16
 SLOTS = 512
+LOOKED_AT = 300
+"""Requests of each seed that are looked at before a comparison."""
 MAX_TOKENS = 2048
 """What every request asks for at most, so that no scheduler knows its output."""
+MOST_REQUESTS = 4000
+"""Of one run."""
+PART = 2000
+"""Requests of a trace that belong to one seed, so that runs of different seeds have none in common."""
 TTFT_FACTOR = 5
 """Tropical's target of the first token: so many times the unloaded prefill."""
 
@@ -74,6 +81,28 @@ class Setting:
     @property
     def instances(self) -> int:
         return self.gpus // self.tp
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of KV that an instance holds.
+
+        Raises:
+            ValueError: the profile does not say, for this tensor parallelism.
+        """
+        if (held := self.profile.kv_tokens.get(f"{self.tp},1")) is None:
+            known = ", ".join(sorted(self.profile.kv_tokens)) or "none"
+            raise ValueError(
+                f"the latency profile of {self.profile.model} has no kv_tokens for tp,pp = {self.tp},1: it has {known}"
+            )
+        return held
+
+    def step_time(self) -> FittedStepTime:
+        """The truth: what is asked beyond the measured ranges is noted in the profile."""
+        return self.profile.step_time(self.tp, 1)
+
+    def foretold(self) -> FittedStepTime:
+        """What policies are given: the same fit, and nobody minds what they ask it."""
+        return FittedStepTime(self.profile.fit_of(self.tp))
 
     def unloaded_prefill_s(self, tokens: int) -> float:
         return self.profile.fit_of(self.tp).step_s([(0, tokens)], 0, 0)
@@ -114,7 +143,7 @@ def candidates(policy: str, instances: int, quick: bool = False) -> list[Candida
         return [Candidate(policy, every, 8192, SchedulerConfig(token_budget=budget)) for budget in chunks]
     second = Role.DECODE if policy == "disaggregated" else Role.MIXED
     placements = [((Role.PREFILL, one), (second, other)) for one, other in splits]
-    orders: tuple[Literal["fcfs", "sjf"], ...] = ("fcfs", "sjf") if policy == "multiplexed" and not quick else ("fcfs",)
+    orders: tuple[Literal["fcfs", "sjf"], ...] = ("sjf", "fcfs") if policy == "multiplexed" and not quick else ("sjf",)
     found = [
         Candidate(policy, placement, budget, SchedulerConfig(queue_order=order))
         for placement, budget, order in itertools.product(placements, budgets, orders)
@@ -138,6 +167,8 @@ class Scenario(NamedTuple):
     assumed: str
     guess: float
     """Requests/s where to begin the search."""
+    most: int = MOST_REQUESTS
+    """Requests of one run."""
 
 
 def scenarios(setting: Setting, mooncake: str | None) -> dict[str, Scenario]:
@@ -154,7 +185,7 @@ def scenarios(setting: Setting, mooncake: str | None) -> dict[str, Scenario]:
     def trace(rate: float, count: int, seed: int) -> TraceWorkload:
         """Another part of the trace for each seed."""
         assert mooncake is not None
-        return workload(mooncake, rate=rate, count=count, skip=2000 * seed, slo=tropical, max_tokens=MAX_TOKENS)  # type: ignore[return-value]
+        return workload(mooncake, rate=rate, count=count, skip=PART * seed, slo=tropical, max_tokens=MAX_TOKENS)  # type: ignore[return-value]
 
     def classes(phases: tuple[Phase, ...]):
         both = (RequestClass("chat", SHAREGPT, chat, 0.7), RequestClass("summary", LONGBENCH, summary, 0.3))
@@ -171,7 +202,7 @@ def scenarios(setting: Setting, mooncake: str | None) -> dict[str, Scenario]:
         Scenario("sharegpt", published("sharegpt", chat), "0.25/0.1 s", "", 16.0),
         Scenario("humaneval", published("humaneval", code), "0.125/0.2 s", workload("humaneval", rate=1).assumed, 64.0),
         Scenario("longbench", published("longbench", tropical), five, workload("longbench", rate=1).assumed, 8.0),
-        Scenario("mooncake", trace, five, "", 0.6)
+        Scenario("mooncake", trace, five, "", 0.6, PART)
         if mooncake
         else Scenario("mooncake", published("mooncake", tropical), five, workload("mooncake", rate=1).assumed, 0.6),
         Scenario("bursty", published("sharegpt", slo(2.5, 0.15), cv=4.0), "ShareGPT, cv 4, 2.5/0.15 s", "", 16.0),
@@ -181,26 +212,37 @@ def scenarios(setting: Setting, mooncake: str | None) -> dict[str, Scenario]:
     return {one.name: one for one in every}
 
 
-@dataclass(frozen=True)
-class Wrong:
-    """Step times that are off by a factor."""
+def check(setting: Setting, made: Iterable[Scenario], seeds: Iterable[int], share: float) -> None:
+    """Refuse, before anything is run, what would end in nothing but rejections, or in the midst of a trace.
 
-    truth: StepTime
-    factor: float
-
-    @property
-    def stages(self) -> int:
-        return self.truth.stages
-
-    def step_s(self, chunks, batch, context_tokens):
-        return self.factor * self.truth.step_s(chunks, batch, context_tokens)
+    Raises:
+        ValueError: an instance holds too little for `share` of the requests of a workload; a trace has a malformed line
+            in a part that is used, or no part for a seed.
+    """
+    held = setting.kv_tokens
+    seeds = list(seeds)
+    for scenario in made:
+        prompts: list[int] = []
+        for seed in seeds:
+            count = min(LOOKED_AT, scenario.most) if scenario.most == MOST_REQUESTS else scenario.most
+            try:
+                prompts += [one.request.prompt_tokens for one in scenario.make(scenario.guess, count, seed)]
+            except ValueError as error:
+                raise ValueError(f"workload {scenario.name}, seed {seed}: {error}") from None
+        needed = sorted(prompts)[math.ceil(share * len(prompts)) - 1] + MAX_TOKENS - 1
+        if needed > held:
+            raise ValueError(
+                f"workload {scenario.name}: {100 * share:g} % of its requests need KV pages of up to {needed} tokens, "
+                f"an instance of {setting.profile.model} with tp = {setting.tp} holds {held}: it needs more --tp, or "
+                f"devices with more memory"
+            )
 
 
 def run(setting: Setting, candidate: Candidate, work: Iterable[Submission], error: float) -> Attainment:
     """Serve the requests in simulation. `error` is the relative error of what the policy foretells."""
     profile, tp = setting.profile, setting.tp
-    step_time = profile.step_time(tp, 1)
-    pages = profile.kv_tokens[f"{tp},1"] // PAGE_SIZE
+    step_time = setting.step_time()
+    pages = setting.kv_tokens // PAGE_SIZE
     instances = [
         Instance(
             id,
@@ -215,13 +257,14 @@ def run(setting: Setting, candidate: Candidate, work: Iterable[Submission], erro
         )
         for id, role in enumerate([role for role, count in candidate.roles for _ in range(count)])
     ]
-    predicted = Wrong(step_time, 1 + error)
-    scheduler = create_scheduler(candidate.policy, candidate.options, lambda instance: predicted)
+    foretold = setting.foretold()
+    scheduler = create_scheduler(candidate.policy, candidate.options, wrong_by(lambda instance: foretold, 1 + error))
     truth = PlacedLatency(
         {one.id: step_time for one in instances},
-        Links(profile.copy_bytes_per_s or 300e9),
+        Links.of(profile),
         PAGE_SIZE * profile.kv_bytes_per_token,
         gpus={one.id: tp for one in instances},
+        host_overhead_s=profile.host_overhead_s,
     )
     brought: dict[int, Submission] = {}
 
@@ -240,9 +283,9 @@ def run(setting: Setting, candidate: Candidate, work: Iterable[Submission], erro
     return attained
 
 
-def requests(rate: float, length_s: float) -> int:
-    """So many that the arrivals last so long, within 300 to 4000 requests."""
-    return min(max(300, round(rate * length_s)), 4000)
+def requests(rate: float, length_s: float, most: int = MOST_REQUESTS) -> int:
+    """So many that the arrivals last so long, within 300 and `most` requests."""
+    return min(max(300, round(rate * length_s)), most)
 
 
 @dataclass(frozen=True)
@@ -279,7 +322,7 @@ class Bench:
 
     def outcome(self, candidate: Candidate, rate: float, length_s: float, seed: int, error: float) -> Outcome:
         """Of this run, done now or before."""
-        count = requests(rate, length_s)
+        count = requests(rate, length_s, self.scenario.most)
         key = f"{candidate.policy}: {candidate} at {rate!r}, {count} requests, seed {seed}, error {error}"
         if key not in self._known:
             made = run(self.setting, candidate, self.scenario.make(rate, count, seed), error)
@@ -382,9 +425,64 @@ def measure(
     )
 
 
-def curve(points: list[Point], share: float) -> tuple[float, float, float]:
+class Goodput(NamedTuple):
+    """The rate at which the attainment falls to a share, with an interval."""
+
+    rate: float
+    low: float
+    high: float
+    clipped: bool
+    """The attainment, or the upper end of its interval, did not fall so far at any rate that was tried: `rate` and
+    `high` are lower bounds."""
+    missing: bool
+    """It was below at all of them: nothing is known but that."""
+    ttft: float
+    tpot: float
+    """Shares inside either target alone, at `rate`."""
+    piling: float
+    """Share of the arrivals that surely pile up, at the highest rate that was tried up to `rate`."""
+
+
+def curve(points: list[Point], share: float) -> Goodput:
     """Goodput with its interval: where attainment, and both ends of its interval, fall below `share`."""
     rates = [point.rate for point in points]
     by = [[point.both for point in points], [point.low for point in points], [point.high for point in points]]
     middle, low, high = (goodput(rates, values, share) for values in by)
-    return middle, low, high
+    below = [point for point in points if point.rate <= middle]
+    return Goodput(
+        middle,
+        low,
+        high,
+        clipped=points[-1].high >= share,
+        missing=points[0].both < share,
+        ttft=_between(rates, [point.ttft for point in points], middle),
+        tpot=_between(rates, [point.tpot for point in points], middle),
+        piling=max([point.piling for point in below], default=0.0),
+    )
+
+
+def bracketed(
+    measured: Callable[[float], Point], rates: Iterable[float], share: float, most: int, step: float = 1.2
+) -> list[Point]:
+    """Points at these rates, and at further ones until the attainment with its interval crosses `share` among them.
+
+    Args:
+        most: further points on either side.
+        step: ratio of further rates.
+    """
+    points = [measured(rate) for rate in sorted(rates)]
+    for _ in range(most):
+        if points[0].low < share:
+            points.insert(0, measured(points[0].rate / step))
+        if points[-1].high >= share:
+            points.append(measured(points[-1].rate * step))
+    return points
+
+
+def _between(rates: list[float], values: list[float], rate: float) -> float:
+    """Linear between the rates that were measured."""
+    for index in range(1, len(rates)):
+        if rates[index - 1] <= rate <= rates[index]:
+            part = (rate - rates[index - 1]) / (rates[index] - rates[index - 1])
+            return values[index - 1] + part * (values[index] - values[index - 1])
+    return values[0] if rate < rates[0] else values[-1]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from ds_jax.latency import StepTime
+from ds_jax.latency import LatencyProfile, StepTime
 from ds_jax.protocol import Copy, Medium, Step
 
 
@@ -66,6 +66,23 @@ class Links:
     """Between a GPU and its host's memory, one direction. Every GPU has its own."""
     latency_s: float = 0.5e-3
     """What a copy takes beside its bytes."""
+
+    @classmethod
+    def of(
+        cls,
+        profile: LatencyProfile,
+        bytes_per_s: float = 300e9,
+        *,
+        network_bytes_per_s: float = 0.0,
+        host_bytes_per_s: float = 32e9,
+    ) -> Links:
+        """Those that the profile was measured with, and what is given for those that were not measured."""
+        return cls(
+            profile.copy_bytes_per_s or bytes_per_s,
+            network_bytes_per_s,
+            profile.host_bytes_per_s or host_bytes_per_s,
+            profile.copy_latency_s or cls.latency_s,
+        )
 
 
 class PlacedLatency:
@@ -127,6 +144,11 @@ class PlacedLatency:
             nodes = self._nodes[source.instance], self._nodes[destination.instance]
             links = (("node out", nodes[0]), ("node in", nodes[1]))
             rate = self._links.network_bytes_per_s
+        if not rate > 0:
+            raise ValueError(
+                f"links: a copy from instance {source.instance} to instance {destination.instance} runs over "
+                f"{links[0][0]} at {rate:g} bytes/s, which must be greater than 0"
+            )
         now_s = now_ns / 1e9
         begin_s = max([now_s, *(self._free_s.get(link, 0.0) for link in links)])
         end_s = begin_s + len(copy.pages) * self._page_bytes / rate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from ds_jax.latency import LatencyProfile
 from ds_jax.protocol import Copy, Decode, Medium, Place, Prefill, Step
 from ds_jax.simulation import Links, PlacedLatency
 
@@ -59,3 +60,17 @@ def test_a_step_takes_what_its_instance_says_and_the_hosts_overhead():
     latency = _latency(host_overhead_s=0.002, host_overhead_per_context_token_s=1e-6)
     mixed = Step(0, 1, 0, 0, (Prefill(7, 100, 20, True),), (Decode(8, 0), Decode(9, 1)))
     assert latency.step_ns(mixed, 1000) == pytest.approx((0.02 + 0.02 + 0.01 + 0.002 + 0.001) * 1e9)
+
+
+def test_a_copy_over_a_link_without_bandwidth_is_refused_by_name():
+    latency = PlacedLatency(dict.fromkeys(range(2), Steps()), Links(1e9), PAGE, nodes={0: 0, 1: 1})
+    with pytest.raises(
+        ValueError, match="instance 0 to instance 1 runs over node out at 0 bytes/s, which must be"
+    ):
+        latency.copy_ns(_copy(0, 0, 1, 1), now_ns=0)
+
+
+def test_links_are_those_of_the_profile_where_it_was_measured():
+    profile = LatencyProfile("d", "m", "bfloat16", {}, copy_bytes_per_s=5e9, copy_latency_s=0.25)
+    assert Links.of(profile, 1e9, network_bytes_per_s=2e9) == Links(5e9, 2e9, 32e9, 0.25)
+    assert Links.of(LatencyProfile("d", "m", "bfloat16", {}, host_bytes_per_s=3e9), 1e9) == Links(1e9, 0.0, 3e9)
