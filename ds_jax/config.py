@@ -228,9 +228,22 @@ class Config:
         _at_least("engine.log_capacity", self.engine.log_capacity, 0)
         if not self.engine.deadline_s >= 0:
             raise ValueError(f"engine.deadline_s = {self.engine.deadline_s} must be 0 or more")
+        self._check_knobs()
         if not self.groups():
             raise ValueError("prefill.instances, decode.instances and mixed.instances are all 0: nothing would serve")
         self._check_roles()
+
+    def _check_knobs(self) -> None:
+        """A knob that the policy does not look at would promise what nobody does."""
+        if self.policy not in ROLES:
+            return  # a policy from outside may look at any
+        for knob, policies in KNOBS.items():
+            value = getattr(self.scheduler, knob)
+            if self.policy not in policies and value != getattr(SchedulerConfig, knob):
+                raise ValueError(
+                    f"scheduler.{knob} = {value} has no effect with policy = {self.policy}: it is for "
+                    f"{' and '.join(policies)}"
+                )
 
     def _check_roles(self) -> None:
         """Each policy needs instances of certain roles, and has no use for the others."""
@@ -253,6 +266,20 @@ ROLES = {
     "deflected": {Role.PREFILL, Role.MIXED},
 }
 """Roles of the instances that each policy works with; multiplexing workers are mixed instances."""
+
+FORETELLING = ("multiplexed", "deflected")
+"""Policies that foretell step times."""
+
+KNOBS: dict[str, tuple[str, ...]] = {
+    "token_budget": ("chunked",),
+    "chunk_order": ("chunked",),
+    "queue_order": ("multiplexed",),
+    "routing": ("multiplexed",),
+    "memory_watermark": FORETELLING,
+    "early_rejection": ("deflected",),
+    "latency_profile": FORETELLING,
+}
+"""Fields of `scheduler` that some policies alone look at."""
 
 OPTIONAL = {"deflected": {Role.PREFILL}}
 """Of those, the roles without which it works too."""

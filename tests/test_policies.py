@@ -84,9 +84,7 @@ def test_rates_are_added_until_the_attainment_crosses_the_share_or_the_result_sa
 def test_what_an_instance_cannot_hold_is_refused_before_anything_is_run():
     made = [scenarios(SETTING, None)["mooncake"]]
     small = dataclasses.replace(SETTING, profile=dataclasses.replace(SETTING.profile, kv_tokens={"2,1": 9000}))
-    with pytest.raises(
-        ValueError, match=r"mooncake: 90 % of .* need KV pages of up to \d+ tokens.* holds 9000"
-    ):
+    with pytest.raises(ValueError, match=r"mooncake: 90 % of .* need KV pages of up to \d+ tokens.* holds 9000"):
         check(small, made, [0, 1], 0.9)
     with pytest.raises(ValueError, match="has no kv_tokens for tp,pp = 3,1: it has "):
         check(dataclasses.replace(SETTING, tp=3), made, [0], 0.9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ds_jax.config import FORETELLING
 from ds_jax.placement.comparison import Comparison
 from ds_jax.placement.hardware import Hardware
 from ds_jax.placement.layouts import Unit
@@ -156,7 +157,8 @@ def serving_config(
                 settings += f", token_buckets={plan.token_buckets!r}" if plan.token_buckets else ""
         groups.append(f"    {role}=c.{classes[role]}({settings}),\n")
     load = ', load_format="dummy"' if dummy else ""
-    profile = f"    scheduler=c.SchedulerConfig(latency_profile={plan.profile!r}),\n" if plan.profile else ""
+    foretells = plan.profile and placement.policy in FORETELLING
+    profile = f"    scheduler=c.SchedulerConfig(latency_profile={plan.profile!r}),\n" if foretells else ""
     note = ""
     if pipelined(placement):
         note = "\n\nFor the simulator: the engine serves one pipeline stage (pp = 1) and refuses this one."

@@ -1,11 +1,13 @@
 """What all policies share: a sequence's life, from any instance to any other, whatever comes and goes meanwhile.
 
-A policy is a `Policy` with up to four decisions of its own:
+A policy is a `Policy` with decisions of its own, of which only `plan` has no default:
 
 * `place_prompt`: on which instance a prompt is prefilled, or None to let it wait;
 * `place_decode`: which instance decodes a finished prefill: where it is (no copy), another one (which pulls it), none;
 * `plan`: the next steps of one instance: which chunks, with or without the decodes of the lane;
-* `dispatch`: called once after every event, for who keeps prompts waiting in `waiting` until something has changed.
+* `dispatch`: called once after every event, for who keeps prompts waiting in `waiting` until something has changed;
+* `admit`: who of those whose pages have landed gets a slot;
+* `on_timer`: what is to be done at a time that the policy has asked for.
 
 The rest is here, once: replays, several outputs of one prompt, deadlines, copies that fail, preemption, and instances
 that come, go and drain. `Worker` is what the decisions look at.

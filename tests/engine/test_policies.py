@@ -46,7 +46,7 @@ def config_for(policy: str, preemption: Any) -> Config:
         decode=DecodeConfig(instances=count[Role.DECODE], slots=8),
         mixed=MixedConfig(instances=count[Role.MIXED], slots=8, **STEP),
         cache=CacheConfig(page_size=PAGE, num_pages=PAGES, host_pages=PAGES if preemption == "swap" else 0),
-        scheduler=SchedulerConfig(preemption=preemption, token_budget=64),
+        scheduler=SchedulerConfig(preemption=preemption, **({"token_budget": 64} if policy == "chunked" else {})),
         engine=EngineConfig(compilation_cache="", log_capacity=100_000),
     )
 

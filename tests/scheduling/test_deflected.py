@@ -243,6 +243,23 @@ def test_it_works_with_multiplexing_workers_alone():
         Config(policy="multiplexed", prefill=none, decode=DecodeConfig(instances=0), mixed=two).check()
 
 
+@pytest.mark.parametrize(
+    ("policy", "knob", "value", "whose"),
+    [
+        ("multiplexed", "early_rejection", True, "deflected"),
+        ("deflected", "routing", "readme", "multiplexed"),
+        ("deflected", "queue_order", "edf", "multiplexed"),
+        ("multiplexed", "token_budget", 64, "chunked"),
+    ],
+)
+def test_a_knob_that_the_policy_does_not_look_at_is_refused(policy, knob, value, whose):
+    roles = {"decode": DecodeConfig(instances=0), "mixed": MixedConfig(instances=1)}
+    scheduler = SchedulerConfig(**{knob: value})
+    with pytest.raises(ValueError, match=f"{knob} = {value} has no effect with policy = {policy}: .* {whose}$"):
+        Config(policy=policy, scheduler=scheduler, **roles).check()
+    Config(policy="my.module:Scheduler", scheduler=scheduler, **roles).check()
+
+
 class Impatient(Deflected):
     """So that the machine sees within its bound that nobody starves."""
 

@@ -64,9 +64,7 @@ def test_a_step_takes_what_its_instance_says_and_the_hosts_overhead():
 
 def test_a_copy_over_a_link_without_bandwidth_is_refused_by_name():
     latency = PlacedLatency(dict.fromkeys(range(2), Steps()), Links(1e9), PAGE, nodes={0: 0, 1: 1})
-    with pytest.raises(
-        ValueError, match="instance 0 to instance 1 runs over node out at 0 bytes/s, which must be"
-    ):
+    with pytest.raises(ValueError, match="instance 0 to instance 1 runs over node out at 0 bytes/s, which must be"):
         latency.copy_ns(_copy(0, 0, 1, 1), now_ns=0)
 
 
