@@ -48,7 +48,7 @@ def plan_of(evaluation: Any, rule: str, system: str, requests: int) -> Any:
 def main(argv: list[str]) -> None:
     """Search, simulate, compare, draw."""
     from ds_jax.placement.layouts import Shape
-    from experiments.curves import find, study
+    from experiments.curves import FIND_REQUESTS, find, study
     from experiments.output import Output, merged, table
     from experiments.published import FROM_MEMORY, Compared, ratio, rows
     from experiments.systems import EVALUATIONS, System, hardware, mixed, parallel
@@ -108,8 +108,10 @@ def main(argv: list[str]) -> None:
         )
     notes = merged([(key[0], note) for key, result in found.items() for note in result["notes"]])
     counts = {rule: max(plans[key].search.requests for key in plans if key[1] == rule) for rule in RULES}
-    output.summary({"extrapolated": extrapolated, "requests": counts, "notes": notes, "workloads": summary,
-                    "compared": rows(compared)})  # fmt: skip
+    output.summary(
+        {"extrapolated": extrapolated, "requests": counts, "search_requests": FIND_REQUESTS, "notes": notes,
+         "workloads": summary, "compared": rows(compared)}
+    )  # fmt: skip
     _draw(output, found, extrapolated)
     print("goodput in requests/s per GPU; *: extrapolated")
     header = ["workload", "rule", "system", "cluster", "requests", "unit", "90 %", "99 %", "over vLLM"]

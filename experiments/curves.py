@@ -15,8 +15,10 @@ from experiments.systems import System, hardware, rate_at, serve
 
 REQUESTS = {"joint": 1000, "published": 300}
 """Of one run: to steady state where both targets are asked for together; as the public code's search where not."""
+FIND_REQUESTS = 300
+"""Of one run of the search, by either rule: which placement is best shows before what it is worth does."""
 SHARES = (0.9, 0.99)
-FRACTIONS = (0.5, 0.75, 1.25, 1.7)
+FRACTIONS = (0.6, 1.3, 1.7)
 """Rates of the curve beside those that the goodputs needed, in shares of the goodput."""
 SCALES = (0.3, 0.45, 0.6, 0.75, 0.9, 1.0, 1.25, 1.6, 2.0)
 
@@ -33,8 +35,13 @@ class Place:
 
 
 def find(plan: PlanConfig, policy: str) -> Place:
-    """The unit that the search finds, by the plan's rule and its number of requests."""
-    plan = replace(plan, policy=policy, search=replace(plan.search, workers=1))
+    """The unit that the search finds by the plan's rule.
+
+    In runs of FIND_REQUESTS at most, to 5 %: what it is worth is found out later, in longer runs.
+    """
+    count = min(plan.search.requests or FIND_REQUESTS, FIND_REQUESTS)
+    search = replace(plan.search, workers=1, requests=count, precision=max(plan.search.precision, 0.05))
+    plan = replace(plan, policy=policy, search=search)
     with PlacementSearch(plan, hardware(plan).arch) as searching, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # whoever serves the unit tells of its ranges
         try:
@@ -76,7 +83,8 @@ def study(plan: PlanConfig, system: System, first: float) -> dict[str, Any]:
         if goodputs and not goodputs[0]:
             break
         first, lowest = (0.85 * goodputs[0], goodputs[0] / 8) if goodputs else (first, 0.02)
-        goodputs.append(rate_at(asked, share, first=first, precision=0.04, lowest=lowest))
+        precision = 0.04 if not goodputs else 0.1
+        goodputs.append(rate_at(asked, share, first=first, precision=precision, lowest=lowest))
     for fraction in FRACTIONS:
         rate = fraction * goodputs[0]
         if rate and not any(abs(rate / other - 1) < 0.08 for other in rates):

@@ -4,8 +4,8 @@ python -m experiments.draws --output_dir=out/draws
 
 The public simulator judges a placement by 300 requests, drawn at random from ShareGPT. Which ones moves its answer more
 than most choices of a system do. Ours shows what the search finds for each of ten draws of lengths and arrivals, by the
-published rule (300 requests) and by the joint one (1000), the mean prompt of each draw, and the draw that
-configs/plan_opt_13b_a100.py has.
+published rule, the mean prompt of each draw, and the draw that configs/plan_opt_13b_a100.py has.
+--rules=published,joint shows the same for both targets together, over 1000 requests.
 """
 
 from __future__ import annotations
@@ -21,29 +21,35 @@ from ds_jax.plan import PlanConfig
 define_config(PlanConfig, default_file="configs/plan_opt_13b_a100.py")
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for the results.", required=True)
 _SEEDS = flags.DEFINE_integer("seeds", 10, "Draws: seeds from 0.", lower_bound=1)
+_RULES = flags.DEFINE_list("rules", ["published"], "Rules to search by: published, joint.")
 _WORKERS = flags.DEFINE_integer("workers", 0, "Processes; 0: one per core.", lower_bound=0)
 
 _REFUSED = {
     "config.search.seed": "--seeds says how many draws there are",
-    "config.search.rule": "both are searched by",
+    "config.search.rule": "--rules says by which to search",
     "config.policy": "the placements are of the disaggregated policy",
 }
 
 
 def draw(plan: PlanConfig) -> dict[str, Any]:
     """What the search finds for the plan's draw."""
-    from ds_jax.placement.trial import Requests
-    from experiments.curves import find
+    from ds_jax.placement.search import Infeasible, PlacementSearch
+    from experiments.systems import hardware
 
-    requests, place = Requests(plan), find(plan, "disaggregated")
+    with PlacementSearch(plan, hardware(plan).arch) as searching:
+        requests = searching.requests
+        try:
+            place = searching.place("disaggregated")
+        except Infeasible as error:
+            raise ValueError(f"seed {plan.search.seed}: {error}") from error
     return {
         "rule": plan.search.rule,
         "seed": plan.search.seed,
         "requests": len(requests.prompts),
         "mean_prompt_tokens": float(requests.prompts.mean()),
         "mean_output_tokens": float(requests.outputs.mean()),
-        "unit": str(place.unit or place.why_none),
-        "goodput_per_gpu": place.goodput,
+        "unit": str(place.unit),
+        "goodput_per_gpu": place.goodput_per_gpu,
     }
 
 
@@ -57,15 +63,18 @@ def main(argv: list[str]) -> None:
     plan = load_config(PlanConfig)
     output = Output(_OUTPUT_DIR.value)
     output.config(plan)
+    for rule in _RULES.value:
+        if rule not in REQUESTS:
+            raise ValueError(f"--rules: {rule!r} must be one of {', '.join(REQUESTS)}")
     jobs = []
-    for rule in REQUESTS:
+    for rule in _RULES.value:
         count = plan.search.requests or REQUESTS[rule]
         for seed in range(_SEEDS.value):
-            search = replace(plan.search, rule=rule, seed=seed, requests=count)  # type: ignore[arg-type]
+            search = replace(plan.search, rule=rule, seed=seed, requests=count, workers=1)  # type: ignore[arg-type]
             jobs.append((replace(plan, search=search),))
     found = parallel(draw, jobs, "draws", _WORKERS.value)
     ranges = {}
-    for rule in REQUESTS:
+    for rule in _RULES.value:
         values = [one["goodput_per_gpu"] for one in found if one["rule"] == rule]
         ranges[rule] = [min(values), max(values)]
     extrapolated = hardware(plan).extrapolated
@@ -89,7 +98,7 @@ def _draw(output: Any, plan: PlanConfig, found: list[dict[str, Any]], extrapolat
     figure, (panel,) = axes(width=5.4, height=3.2)
     for (rule, label), colour in zip((("published", "public rules"), ("joint", "joint")), PALETTE, strict=False):
         mine = [one for one in found if one["rule"] == rule]
-        for own, marker in ((False, "o"), (True, "*")):
+        for own, marker in ((False, "o"), (True, "*")) if mine else ():
             points = [one for one in mine if (one["seed"] == plan.search.seed) is own]
             panel.plot(
                 [one["mean_prompt_tokens"] for one in points],

@@ -143,6 +143,8 @@ def _section(one: Outcome) -> str:
         parts.append(f'<p class="dim">experiments.{one.experiment.module}{flags}: {one.seconds:.0f} s</p>\n')
     if requests := one.summary.get("requests"):
         told = ", ".join(f"{count} by the {rule} rule" for rule, count in requests.items())
+        if "search_requests" in one.summary:
+            told += f"; placements were found in runs of {one.summary['search_requests']} at most"
         parts.append(f'<p class="dim">requests a run: {html.escape(told)}</p>\n')
     if marked := one.summary.get("extrapolated"):
         which = f" of {', '.join(marked)}" if isinstance(marked, list) else ""

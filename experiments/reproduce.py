@@ -72,7 +72,7 @@ def experiments(runs: str | None, mooncake: str | None) -> list[Experiment]:
         Experiment("ablation", "ablation", "Disaggregation and search apart (Fig. 11)", (),
                    ("--requests=40", "--workloads=66B ShareGPT")),
         Experiment("search_time", "search_time", "Time of the search (Fig. 12)",
-                   ("--clusters=1x4,1x8,2x8,4x8,16x8",), ("--clusters=1x4", *small)),
+                   (), ("--clusters=1x4", *small)),
         Experiment("multiplexing", "multiplexing", "Decode workers that take prompts (Tropical)", trace,
                    ("--requests=40", "--grid=one")),
         Experiment("replanning", "replanning", "A placement that follows the workload", (),
