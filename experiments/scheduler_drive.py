@@ -1,4 +1,4 @@
-"""A scheduler driven in virtual time, with the time inside it measured."""
+"""A scheduler driven in virtual time, with the processor time inside it measured."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_jax.config import ROLES, SchedulerConfig
+from ds_jax.latency import FittedStepTime, StepFit
 from ds_jax.protocol import (
     Arrived,
     Command,
@@ -22,6 +23,7 @@ from ds_jax.protocol import (
     Role,
     Run,
     SetTimer,
+    Slo,
     Step,
     StepDone,
     Stopped,
@@ -29,7 +31,14 @@ from ds_jax.protocol import (
 )
 from ds_jax.scheduling import create_scheduler
 
-PROMPT_TOKENS, MOST_TOKENS, PAGE_SIZE, STEP_NS = 256, 4096, 16, 20_000_000
+PROMPT_TOKENS, MOST_TOKENS, PAGE_SIZE = 256, 4096, 16
+FIT = StepFit(tp=1, prefill=(0.018, 1e-4, 7e-9), decode=(0.020, 6e-7, 4e-5))
+FIT_TIMES = FittedStepTime(FIT)
+"""Step times, about those of a 13B model on one A100."""
+TPOT, TTFT_S = 2, 0.05
+"""Targets, where requests have any: so many decode steps of all running requests for each token, and so many seconds
+for each request that comes before. About the half of them can be in time while they all come at once."""
+COPY_NS = 200_000
 CHURN = 4
 """Decode steps between two endings, each followed by an arrival."""
 
@@ -56,8 +65,11 @@ class Spent:
 class Drive:
     """Carries out whatever a scheduler commands, in virtual time; everything succeeds."""
 
-    def __init__(self, policy: str, requests: int):
-        self.scheduler = create_scheduler(policy, SchedulerConfig(token_budget=requests + 4096))
+    def __init__(self, policy: str, requests: int, targets: bool = False):
+        options = SchedulerConfig(token_budget=requests + 4096)
+        self.scheduler = create_scheduler(policy, options, (lambda instance: FIT_TIMES) if targets else None)
+        step_s = FIT.step_s([], requests, requests * 2 * PROMPT_TOKENS)
+        self._slo = Slo(round(requests * TTFT_S * 1e9), round(TPOT * step_s * 1e9)) if targets else None
         self.now_ns = 0
         self.spent = Spent()
         self.decoding: dict[int, int] = {}
@@ -88,7 +100,7 @@ class Drive:
             )
 
     def arrive(self) -> None:
-        self.tell(Arrived(Request(next(self._ids), PROMPT_TOKENS, MOST_TOKENS)))
+        self.tell(Arrived(Request(next(self._ids), PROMPT_TOKENS, MOST_TOKENS, slo=self._slo)))
 
     def end_oldest(self) -> None:
         """The longest running sequence meets its stop token."""
@@ -106,9 +118,9 @@ class Drive:
         return True
 
     def tell(self, event: Event) -> None:
-        start = time.thread_time()
+        start = time.process_time()
         commands = self.scheduler.handle(event, self.now_ns)
-        self.spent.seconds += time.thread_time() - start
+        self.spent.seconds += time.process_time() - start
         self.spent.events += 1
         for command in commands:
             self._carry_out(command)
@@ -117,9 +129,10 @@ class Drive:
         match command:
             case Run(step):
                 self.spent.steps += 1
-                self._after((step.instance, step.lane), StepDone(step.id, self._emitted(step)))
+                event = StepDone(step.id, self._emitted(step))
+                self._after((step.instance, step.lane), event, round(1e9 * self._seconds(step)))
             case Copy(id=id):
-                self._after("link", CopyDone(id, True), STEP_NS // 100)
+                self._after("link", CopyDone(id, True), COPY_NS)
             case SetTimer(key, at_ns):
                 heapq.heappush(self._due, (max(at_ns, self.now_ns + 1), next(self._order), Timer(key)))
             case Reject():
@@ -134,19 +147,27 @@ class Drive:
         self.spent.tokens += len(sampled)
         return dict.fromkeys((id for id in sampled if id not in self._over), 1)
 
-    def _after(self, line: Any, event: Event, duration_ns: int = STEP_NS) -> None:
+    def _seconds(self, step: Step) -> float:
+        """As foretold, but for the tokens decoded so far."""
+        chunks = [(chunk.start, chunk.length) for chunk in step.prefills]
+        return FIT.step_s(chunks, len(step.decodes), len(step.decodes) * 2 * PROMPT_TOKENS)
+
+    def _after(self, line: Any, event: Event, duration_ns: int) -> None:
         """Things of one line happen one after the other."""
         at = self._busy_until[line] = max(self._busy_until.get(line, 0), self.now_ns) + duration_ns
         heapq.heappush(self._due, (at, next(self._order), event))
 
 
-def measure(policy: str, requests: int, steps: int) -> dict[str, Any]:
+def measure(policy: str, requests: int, steps: int, targets: bool = False) -> dict[str, Any]:
     """Both phases of one policy.
+
+    Args:
+        targets: requests have latency targets, and the scheduler a forecast of step times.
 
     Raises:
         RuntimeError: the requests do not all come to decode.
     """
-    drive = Drive(policy, requests)
+    drive = Drive(policy, requests, targets)
     drive.spent = Spent()
     for _ in range(requests):
         drive.arrive()
@@ -161,4 +182,5 @@ def measure(policy: str, requests: int, steps: int) -> dict[str, Any]:
             begun = drive.spent.steps
             drive.end_oldest()
             drive.arrive()
-    return {"policy": policy, "running": requests, "filling": filling.row(), "steady": drive.spent.row()}
+    named = {"policy": policy, "targets": targets, "running": requests}
+    return named | {"filling": filling.row(), "steady": drive.spent.row()}

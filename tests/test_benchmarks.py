@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from ds_jax.config import FORETELLING
 from ds_jax.scheduling import POLICIES
 from experiments.engine_cases import read_cases
 from experiments.kernel_cases import Load
 from experiments.scheduler_drive import measure
 
+CASES = [(policy, False) for policy in sorted(POLICIES)] + [(policy, True) for policy in FORETELLING]
 
-@pytest.mark.parametrize("policy", sorted(POLICIES))
-def test_every_scheduler_brings_all_requests_to_decode_while_it_is_measured(policy: str):
-    found = measure(policy, 12, 40)
+
+@pytest.mark.parametrize(("policy", "targets"), CASES)
+def test_every_scheduler_brings_all_requests_to_decode_while_it_is_measured(policy: str, targets: bool):
+    found = measure(policy, 12, 40, targets)
     steady = found["steady"]
     assert steady["steps"] >= 40
     assert steady["events"] >= 40
