@@ -233,6 +233,13 @@ class StageClock:
             replays=life.replays,
         )
 
+    def produced(self, sequence: int) -> int:
+        """Tokens that a living sequence has given so far; 0 for one that is not known."""
+        life = self._lives.get(sequence)
+        if life is None:
+            return 0
+        return life.output + (life.lane.done - life.joined if life.lane is not None else 0)
+
     def pop_ended(self) -> list[RequestTimes]:
         """The times of all requests that have ended, in order of arrival."""
         return [self.pop(sequence) for sequence in [id for id, life in self._lives.items() if life.end_ns is not None]]

@@ -3,41 +3,65 @@
 python -m experiments.replanning --config=configs/plan_opt_13b_shifting.py --output_dir=out/replanning
 
 The trace has four stretches: the first, the same at another rate, other lengths, and back. Both runs begin with the
-placement that is best for the first. OUTPUT_DIR gets summary.json, config.json and a figure of attainment over time.
---seeds stationary traces are watched as well: the shift test must never tell of any.
+placement that is best for the first; --hindsight also runs every other split of the GPUs among its instances, from
+beginning to end. OUTPUT_DIR gets summary.json, config.json and a figure of attainment over time. --seeds stationary
+traces are watched as well: the shift test must never tell of any.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from ds_jax.flags import define_config, load_config, run
 from ds_jax.plan import PlanConfig
 
+if TYPE_CHECKING:
+    from ds_jax.placement.changeover import Change, Fleet
+    from ds_jax.placement.following import Followed
+    from ds_jax.workload import Lengths, Submission
+    from experiments.output import Output
+
 define_config(PlanConfig, default_file="configs/plan_opt_13b_shifting.py")
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for the results.", required=True)
 _LOAD = flags.DEFINE_float("load", 0.75, "Rate of a stretch as a share of what its best placement serves.", 0.05, 2.0)
+_FIRST_LOAD = flags.DEFINE_float(
+    "first_load", 0.45, "The same of the first and the last stretch, which have another rate.", 0.05, 2.0
+)
 _STRETCH_S = flags.DEFINE_float("stretch_s", 300.0, "Length of each stretch in seconds.", lower_bound=10.0)
-_WORKLOADS = flags.DEFINE_list("workloads", ["sharegpt", "longbench"], "Lengths before, and after they shift.")
+_WORKLOADS = flags.DEFINE_list("workloads", ["100/300", "longbench"], "Lengths before, and after they shift.")
+_HINDSIGHT = flags.DEFINE_boolean("hindsight", True, "Run the other splits of the GPUs too, fixed.")
 _SEEDS = flags.DEFINE_integer("seeds", 100, "Stationary traces to watch for false alarms.", lower_bound=0)
-_FIRST_REQUESTS = 600
+_SAMPLE = 1000
 WINDOW_S = 20.0
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """A part of the trace."""
+
+    workload: str
+    rate: float
+    begin_s: float
+    end_s: float
+
+
 def main(argv: list[str]) -> None:
-    """Plan for every stretch, run both, print and draw."""
+    """Plan for every stretch, run all fleets, print and draw."""
     plan = load_config(PlanConfig)
-    before, after = _two(_WORKLOADS.value)
+    if len(_WORKLOADS.value) != 2:
+        raise ValueError(
+            f"--workloads must name two, the lengths before and after the shift; got {len(_WORKLOADS.value)}"
+        )
+    before, after = _WORKLOADS.value
 
     from tqdm import tqdm
 
+    from ds_jax.placement.following import follow
     from ds_jax.placement.replanning import Replanner
-    from ds_jax.scheduling import create_scheduler
-    from ds_jax.simulation import simulate
-    from ds_jax.workload.monitor import Shift
     from experiments.output import Output, table
     from models.folder import read_configs
 
@@ -45,193 +69,215 @@ def main(argv: list[str]) -> None:
     output.config(plan)
     replanner = Replanner(plan, read_configs(plan.model).arch)
     with tqdm(total=5 + _SEEDS.value, leave=False) as bar:
-        bar.set_description("planning for the first stretch")
-        sample = {name: _observed(name, plan.search.seed) for name in (before, after)}
-        fleets = {before: replanner.fleet(sample[before])}
-        bar.update()
-        bar.set_description("planning for the other lengths")
-        fleets[after] = replanner.fleet(sample[after])
-        bar.update()
-        served = {name: _served(replanner, fleets[name], name) for name in (before, after)}
-        rates = [0.6 * served[before], served[before], served[after], 0.6 * served[before]]
-        names = [before, before, after, before]
-        trace, starts_s = _trace(plan, names, [_LOAD.value * rate for rate in rates])
-        bar.set_description("following the trace")
-        shifts: list[Shift] = []
-        changes = replanner.follow(trace, fleets[before], on_shift=shifts.append)
-        bar.update()
-        runs = {}
-        for label, made in (("fixed", []), ("replanned", changes)):
-            bar.set_description(f"running {label}")
-            instances, events = replanner.events(fleets[before], made)
-            latency = replanner.latency(fleets[before], made)
-            runs[label] = simulate(create_scheduler("disaggregated"), instances, trace, latency, events=events).times
+        fleets, served = {}, {}
+        for name in (before, after):
+            bar.set_description(f"planning for {name}")
+            sample = lengths_of(name, plan.search.seed + 1000)
+            fleets[name] = replanner.fleet(sample)
+            served[name] = replanner.served(fleets[name], sample)
             bar.update()
+        first = fleets[before]
+        trace, stretches = shifting(plan, before, after, served)
+        runs: dict[str, Followed] = {}
+        for label, replan in (("fixed", False), ("replanned", True)):
+            bar.set_description(f"running {label}")
+            runs[label] = follow(replanner, trace, first, replan=replan)
+            bar.update()
+        others = {}
+        if _HINDSIGHT.value:
+            splits = [fleet for fleet in {*replanner.splits(first), fleets[after]} if fleet != first]
+            bar.total += len(splits) - 1
+            for fleet in sorted(splits, key=str):
+                bar.set_description(f"running {_name(fleet)}")
+                others[fleet] = _share(inside(plan, trace, follow(replanner, trace, fleet, replan=False)))
+                bar.update()
         alarms = 0
         for seed in range(_SEEDS.value):
             bar.set_description("watching stationary traces")
-            alarms += _false_alarms(before, seed)
+            alarms += false_alarm(before, seed)
             bar.update()
 
-    inside = {label: _inside(plan, trace, times) for label, times in runs.items()}
-    rows, stretches = [], []
-    for index, name in enumerate(names):
-        begin, end = starts_s[index], (starts_s[index + 1] if index + 1 < len(names) else float("inf"))
-        of = {label: [ok for at_s, ok in pairs if begin <= at_s < end] for label, pairs in inside.items()}
-        told = [one for one in shifts if begin <= one.at_ns / 1e9 < end]
-        seen = [one for one in changes if begin <= one.shift.at_ns / 1e9 < end]
-        stretches.append(
-            {
-                "workload": name,
-                "rate": _LOAD.value * rates[index],
-                "start_s": begin,
-                "attainment_fixed": _share(of["fixed"]),
-                "attainment_replanned": _share(of["replanned"]),
-                "shifts": [{"seen_after_s": one.at_ns / 1e9 - begin, "what": list(one.what)} for one in told],
-                "changes": [_told(one, begin) for one in seen],
-            }
-        )
-        delay = f"{told[0].at_ns / 1e9 - begin:.0f} s" if told else "-"
-        fleet = " + ".join(map(str, seen[-1].after)) if seen else "as it was"
-        rows.append(
-            [f"{name}, {_LOAD.value * rates[index]:.3g}/s", *(_share(of[label]) for label in runs), delay, fleet]
-        )
-    totals = {label: _share([ok for _, ok in pairs]) for label, pairs in inside.items()}
-    span_s = trace[-1].arrival_ns / 1e9
+    ok = {label: inside(plan, trace, one) for label, one in runs.items()}
+    followed = runs["replanned"]
+    told = [_stretch(one, ok, followed) for one in stretches]
+    totals = {label: _share(pairs) for label, pairs in ok.items()}
+    best = max(others, key=lambda fleet: others[fleet], default=None)
     output.summary(
         {
-            "stretches": stretches,
+            "stretches": told,
             "attainment_fixed": totals["fixed"],
             "attainment_replanned": totals["replanned"],
-            "requests_inside_per_s_per_gpu_fixed": sum(ok for _, ok in inside["fixed"]) / span_s / replanner.gpus,
-            "requests_inside_per_s_per_gpu_replanned": sum(ok for _, ok in inside["replanned"])
-            / span_s
-            / replanner.gpus,
-            "changes": len(changes),
-            "first_fleet": " + ".join(map(str, fleets[before])),
+            "requests_inside_per_s_per_gpu_fixed": _per_gpu(ok["fixed"], trace, replanner.gpus),
+            "requests_inside_per_s_per_gpu_replanned": _per_gpu(ok["replanned"], trace, replanner.gpus),
+            "requests": len(trace),
+            "changes": len(followed.changes),
+            "sequences_run_again": followed.replayed,
+            "planning_s": followed.planning_s,
+            "first_fleet": _name(first),
+            "best_fleets": {name: _name(fleet) for name, fleet in fleets.items()},
+            "served_requests_per_s": served,
+            "other_fixed_fleets": {_name(fleet): share for fleet, share in others.items()},
+            "best_fixed_in_hindsight": _name(best) if best else None,
             "false_alarms": alarms,
             "stationary_traces": _SEEDS.value,
             "extrapolated": replanner.hardware.extrapolated,
         }
     )
-    _draw(output, inside, starts_s, changes)
-    print(table(["stretch", "fixed", "replanned", "seen after", "new fleet"], rows))
-    print(f"whole trace: attainment {totals['fixed']:.3f} fixed, {totals['replanned']:.3f} replanned")
+    _draw(output, ok, stretches, followed)
+    rows = [
+        [f"{one['workload']}, {one['rate']:.3g}/s", one["attainment_fixed"], one["attainment_replanned"],
+         f"{one['shifts'][0]['seen_after_s']:.0f} s" if one["shifts"] else "-",
+         f"{one['changes'][0]['up_after_s']:.0f} s" if one["changes"] else "-",
+         one["changes"][-1]["fleet"] if one["changes"] else "as it was"]
+        for one in told
+    ]  # fmt: skip
+    print(table(["stretch", "fixed", "replanned", "seen after", "changed after", "new fleet"], rows))
+    print(f"first fleet: {_name(first)}; whole trace: {totals['fixed']:.3f} fixed, {totals['replanned']:.3f} replanned")
+    if best is not None:
+        print(f"the best fixed fleet in hindsight: {_name(best)}, {others[best]:.3f}")
+    if followed.planning_s:
+        print(f"a plan took {max(followed.planning_s):.1f} s at most; {followed.replayed} sequences were run again")
     print(f"false alarms on {_SEEDS.value} stationary traces: {alarms}")
     print(f"written to {output.folder}")
 
 
-def _two(names: Sequence[str]) -> tuple[str, str]:
-    if len(names) != 2:
-        raise ValueError(f"--workloads must name two, the lengths before and after the shift; got {len(names)}")
-    return names[0], names[1]
+# --- requests ---------------------------------------------------------------------------------------------------------
 
 
-def _observed(name: str, seed: int, count: int = _FIRST_REQUESTS) -> list[Any]:
+def lengths_of(name: str, seed: int, count: int = _SAMPLE) -> list[Lengths]:
+    """A sample of a workload's requests."""
     from ds_jax.workload import Lengths, workload
-    from ds_jax.workload.monitor import Observation
 
-    drawn = workload(name, rate=1.0, count=count, seed=seed + 1000)
-    return [
-        Observation(one.arrival_ns, Lengths(one.request.prompt_tokens, int(one.output_tokens)))  # type: ignore[arg-type]
-        for one in drawn
-    ]
+    drawn = workload(name, rate=1.0, count=count, seed=seed)
+    return [Lengths(one.request.prompt_tokens, int(one.output_tokens)) for one in drawn]  # type: ignore[arg-type]
 
 
-def _served(replanner: Any, fleet: Any, name: str) -> float:
-    """Requests/s that the fleet serves inside both targets."""
-    from dataclasses import replace
-
-    from ds_jax.placement.layouts import Unit
-    from ds_jax.placement.search import Candidate, PlacementSearch
-
-    plan = replace(replanner.plan, workload=replace(replanner.plan.workload, name=name))
-    # Long enough to see a queue grow on a whole cluster, which serves many requests at a time.
-    plan = replace(plan, search=replace(plan.search, requests=2500))
-    unit = Unit(fleet)
-    with PlacementSearch(plan, replanner.arch) as search:
-        (judged,) = search.judge([Candidate(unit, "disaggregated")], name)
-    if judged.goodput is None or not judged.goodput.per_gpu:
-        raise ValueError(f"the cluster cannot serve workload {name} inside the targets at any rate")
-    return judged.goodput.per_gpu * unit.gpus
-
-
-def _trace(plan: PlanConfig, names: list[str], rates: list[float]) -> tuple[list[Any], list[float]]:
-    """Stretches one after another, with ids counted through, and where each begins in seconds."""
-    from dataclasses import replace
-
+def shifting(
+    plan: PlanConfig, before: str, after: str, served: dict[str, float]
+) -> tuple[list[Submission], list[Stretch]]:
+    """The trace, ids counted through, and its stretches. `served`: requests/s that each one's best fleet serves."""
     from ds_jax.protocol import Slo
     from ds_jax.workload import workload
 
     slo = Slo(round(plan.slo.ttft_s * 1e9), round(plan.slo.tpot_s * 1e9))
-    trace: list[Any] = []
-    starts_s = []
-    for index, (name, rate) in enumerate(zip(names, rates, strict=True)):
-        start_ns = round(index * _STRETCH_S.value * 1e9)
-        starts_s.append(start_ns / 1e9)
+    loads = ((before, _FIRST_LOAD.value), (before, _LOAD.value), (after, _LOAD.value), (before, _FIRST_LOAD.value))
+    trace: list[Submission] = []
+    stretches = []
+    for index, (name, load) in enumerate(loads):
+        begin_s, rate = index * _STRETCH_S.value, load * served[name]
+        stretches.append(Stretch(name, rate, begin_s, begin_s + _STRETCH_S.value))
         for one in workload(name, rate=rate, cv=plan.workload.cv, seed=plan.search.seed + index, slo=slo):
             if one.arrival_ns >= _STRETCH_S.value * 1e9:
                 break
             request = replace(one.request, id=len(trace), seed=len(trace))
-            trace.append(one._replace(arrival_ns=start_ns + one.arrival_ns, request=request))
-    return trace, starts_s
+            trace.append(one._replace(arrival_ns=round(begin_s * 1e9) + one.arrival_ns, request=request))
+    return trace, stretches
 
 
-def _false_alarms(name: str, seed: int) -> int:
-    """Whether a stationary trace is told to have shifted."""
-    from ds_jax.workload import Lengths, workload
+def false_alarm(name: str, seed: int) -> int:
+    """Whether a stationary trace is told to have shifted, its outputs heard of when requests end: 30 ms a token."""
+    from ds_jax.workload import workload
     from ds_jax.workload.monitor import ShiftTest
 
     test = ShiftTest()
-    drawn = workload(name, rate=5.0, count=3000, seed=seed)
-    return int(
-        any(test.observe(one.arrival_ns, Lengths(one.request.prompt_tokens, int(one.output_tokens))) for one in drawn)  # type: ignore[arg-type]
-    )
+    heard: list[tuple[int, int, int, int]] = []
+    for one in workload(name, rate=5.0, count=3000, seed=seed):
+        tokens = int(one.output_tokens)  # type: ignore[arg-type]
+        heard.append((one.arrival_ns, 0, one.request.id, one.request.prompt_tokens))
+        heard.append((one.arrival_ns + 30_000_000 * tokens, 1, one.request.id, tokens))
+    tests = (test.arrived, test.ended)
+    return int(any(tests[ended](id, at_ns, tokens) for at_ns, ended, id, tokens in sorted(heard)))
 
 
-def _inside(plan: PlanConfig, trace: list[Any], times: Any) -> list[tuple[float, bool]]:
-    """When each request arrived, and whether it was inside both targets."""
+# --- what came of it --------------------------------------------------------------------------------------------------
+
+
+def inside(plan: PlanConfig, trace: Sequence[Submission], followed: Followed) -> list[tuple[float, bool]]:
+    """When each request arrived, in seconds, and whether it was inside both targets."""
     pairs = []
     for one in trace:
-        life = times[one.request.id]
-        ok = not life.rejected and life.ttft_ns is not None and life.ttft_ns <= plan.slo.ttft_s * 1e9
-        pairs.append((one.arrival_ns / 1e9, bool(ok and life.tpot_ns <= plan.slo.tpot_s * 1e9)))
+        life = followed.times[one.request.id]
+        ttft_ns, tpot_ns = life.ttft_ns, life.tpot_ns
+        ok = not life.rejected and ttft_ns is not None and tpot_ns is not None
+        ok = ok and ttft_ns <= plan.slo.ttft_s * 1e9 and tpot_ns <= plan.slo.tpot_s * 1e9  # type: ignore[operator]
+        pairs.append((one.arrival_ns / 1e9, ok))
     return pairs
 
 
-def _share(inside: list[bool]) -> float:
-    return sum(inside) / len(inside) if inside else float("nan")
+def _share(pairs: Sequence[tuple[float, bool]]) -> float:
+    return sum(ok for _, ok in pairs) / len(pairs) if pairs else float("nan")
 
 
-def _told(change: Any, begin_s: float) -> dict[str, Any]:
+def _per_gpu(pairs: Sequence[tuple[float, bool]], trace: Sequence[Submission], gpus: int) -> float:
+    return sum(ok for _, ok in pairs) / (trace[-1].arrival_ns / 1e9) / gpus
+
+
+def _name(fleet: Fleet) -> str:
+    return " + ".join(map(str, fleet))
+
+
+def _stretch(stretch: Stretch, ok: dict[str, list[tuple[float, bool]]], followed: Followed) -> dict[str, Any]:
+    begin, end = stretch.begin_s, stretch.end_s
+
+    def here(at_ns: int) -> bool:
+        return begin <= at_ns / 1e9 < end
+
+    of = {label: _share([pair for pair in pairs if begin <= pair[0] < end]) for label, pairs in ok.items()}
     return {
-        "seen_after_s": change.shift.at_ns / 1e9 - begin_s,
+        "workload": stretch.workload,
+        "rate": stretch.rate,
+        "start_s": begin,
+        "attainment_fixed": of["fixed"],
+        "attainment_replanned": of["replanned"],
+        "shifts": [
+            {"seen_after_s": one.at_ns / 1e9 - begin, "what": list(one.what)}
+            for one in followed.shifts
+            if here(one.at_ns)
+        ],
+        "stayed_after_s": [at_ns / 1e9 - begin for _, at_ns in followed.stays if here(at_ns)],
+        "changes": [_changed(one, begin) for one in followed.changes if here(one.shift.at_ns)],
+    }
+
+
+def _changed(change: Change, begin_s: float) -> dict[str, Any]:
+    return {
         "what": list(change.shift.what),
+        "seen_after_s": change.shift.at_ns / 1e9 - begin_s,
+        "planned_after_s": change.planned_ns / 1e9 - begin_s,
         "up_after_s": change.up_ns / 1e9 - begin_s,
-        "fleet": " + ".join(map(str, change.after)),
+        "fleet": _name(change.after),
         "instances_moved": change.moved,
         "loaded_gb": change.loaded_bytes / 1e9,
     }
 
 
-def _draw(output: Any, inside: dict[str, list[tuple[float, bool]]], starts_s: list[float], changes: list[Any]) -> None:
+def _draw(
+    output: Output, ok: dict[str, list[tuple[float, bool]]], stretches: Sequence[Stretch], followed: Followed
+) -> None:
     from experiments.output import axes
 
-    figure, (panel,) = axes(width=7.5, height=3.2)
-    for label, pairs in inside.items():
-        windows: dict[int, list[bool]] = {}
-        for at_s, ok in pairs:
-            windows.setdefault(int(at_s // WINDOW_S), []).append(ok)
-        panel.plot([(w + 0.5) * WINDOW_S for w in windows], [100 * _share(ok) for ok in windows.values()], label=label)
-    for start_s in starts_s[1:]:
-        panel.axvline(start_s, color="#999999", linestyle=":", linewidth=1)
-    for index, change in enumerate(changes):
-        name = "replanning" if index == 0 else None
-        panel.axvspan(change.shift.at_ns / 1e9, change.up_ns / 1e9, color="#ccbb44", alpha=0.3, label=name)
+    figure, (panel,) = axes(width=7.5, height=3.4)
+    for label, pairs in ok.items():
+        windows: dict[int, list[tuple[float, bool]]] = {}
+        for pair in pairs:
+            windows.setdefault(int(pair[0] // WINDOW_S), []).append(pair)
+        panel.plot(
+            [(w + 0.5) * WINDOW_S for w in windows], [100 * _share(one) for one in windows.values()], label=label
+        )
+    for one in stretches:
+        panel.axvline(one.begin_s, color="#999999", linestyle=":", linewidth=1)
+        panel.text(one.begin_s, 104, f" {one.workload}, {one.rate:.3g}/s", fontsize=8, color="#555555")
+    for index, shift in enumerate(followed.shifts):
+        name = "shift is seen" if index == 0 else None
+        panel.plot([shift.at_ns / 1e9], [0], marker="^", color="black", linestyle="", clip_on=False, label=name)
+    for index, change in enumerate(followed.changes):
+        name = "changing over" if index == 0 else None
+        panel.axvspan(change.planned_ns / 1e9, change.up_ns / 1e9, color="#ccbb44", alpha=0.35, label=name)
     panel.axhline(90, color="#999999", linewidth=0.8)
-    panel.set_xlabel("time, s (dotted: the workload shifts)")
+    panel.set_ylim(0, 103)
+    panel.set_xlabel("time of arrival, s (dotted: the workload shifts)")
     panel.set_ylabel("requests inside both targets, %")
-    panel.legend(loc="lower left")
+    panel.legend(loc="center left")
     output.figure("attainment", figure)
 
 

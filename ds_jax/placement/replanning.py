@@ -1,248 +1,155 @@
 """Replanning: the placement follows the workload (DistServe, section 4.3: in the paper only).
 
-A monitor hears every request. When the shift test tells that rate or lengths have changed, the phases are placed anew
-for the requests since then, and instances change over: those that stay are not touched; those that go take no new work,
-and after a while what they still have is run again elsewhere; those that come load their weights first, unless the same
-GPUs held the same shares of them in the other role.
+When the shift test tells that rate or lengths have changed, the phases are placed anew for the requests since then. A
+fleet changes only where it must and where that pays. Short runs flatter what is slow to fill, such as decoding with
+many slots, so phases are weighed by what they do in the long run, and runs are as long as it takes to see it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from ds_jax.architecture import Architecture
-from ds_jax.latency import StepTime
+from ds_jax.placement.changeover import Fleet
 from ds_jax.placement.hardware import Hardware
 from ds_jax.placement.layouts import Group, Shape, Unit, shapes
 from ds_jax.placement.search import Candidate, Infeasible, PlacementSearch
-from ds_jax.placement.trial import BOTH, Requests
+from ds_jax.placement.trial import BOTH, Requests, Trials
 from ds_jax.plan import PlanConfig
-from ds_jax.protocol import Drain, Event, Instance, InstanceLost, InstanceUp, Role
-from ds_jax.simulation import PlacedLatency
-from ds_jax.workload import Lengths, Submission, submissions
-from ds_jax.workload.monitor import Observation, Shift, ShiftTest, pattern_of
+from ds_jax.protocol import Role
+from ds_jax.workload import Lengths, submissions
 
 HEADROOM = 1.25
 """A fleet that serves so many times the present rate has no need to change."""
 GAIN = 1.15
 """Another fleet must serve so many times as much to be worth a change."""
-
-Fleet = tuple[Group, Group]
-"""All prefill and all decode instances of a cluster."""
-
-
-@dataclass(frozen=True)
-class ChangeCost:
-    """What it takes to change over."""
-
-    drain_s: float = 5.0
-    """How long an instance that goes may finish what it has; the rest is run again elsewhere."""
-    load_bytes_per_s: float = 2e9
-    """Bandwidth at which each GPU loads its share of the weights."""
-    start_s: float = 2.0
-    """Beside the weights: making the pool, loading compiled programs."""
-    search_s: float = 5.0
-    """From the shift being seen to the new plan being known."""
-
-
-@dataclass(frozen=True)
-class Change:
-    """One replanning."""
-
-    shift: Shift
-    before: Fleet
-    after: Fleet
-    at_ns: int
-    """When the change began."""
-    up_ns: int
-    """When the last new instance was up."""
-    moved: int
-    """Instances that went."""
-    loaded_bytes: float
-    """Weights that were loaded."""
+WHOLE = 4
+"""Fleets that are simulated whole: the best by what their phases can do."""
+LONGEST = 3000
+"""Most requests of such a simulation."""
+QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Of the prompts, that stand for all of them; the last one is the longest that must be in time."""
 
 
 class Replanner:
     """Plans the fleet of one cluster for what its requests look like. `plan.workload` is not looked at."""
 
-    def __init__(self, plan: PlanConfig, arch: Architecture, cost: ChangeCost | None = None):
+    def __init__(self, plan: PlanConfig, arch: Architecture):
         self.plan, self.arch = plan, arch
         self.hardware = Hardware(plan, arch)
-        self.cost = cost or ChangeCost()
         self.gpus = plan.cluster.nodes * plan.cluster.gpus_per_node
 
-    def fleet(self, history: Sequence[Observation], now: Fleet | None = None) -> Fleet:
+    def fleet(self, lengths: Sequence[Lengths], rate: float = 0.0, now: Fleet | None = None) -> Fleet:
         """The prefill and decode instances that together serve the most requests like these.
 
-        Each shape's goodput is found for each phase alone, as in Algorithm 1, if it is not far below the best one's;
-        then every pair of shapes and counts that
-        the cluster has GPUs for is weighed by min(prefill, decode). Of equals the one with the fewest GPUs at work.
+        Every pair of shapes and counts that the cluster has GPUs for is weighed by min(prefill, decode), each phase by
+        a formula (`phase_rate`); the best few are simulated whole. Of equals the one with the fewest GPUs at work.
 
         Args:
-            now: the fleet that there is. It stays as long as it can serve HEADROOM times the rate of the history, or as
-                no other serves GAIN times as much.
+            lengths: a sample of requests.
+            rate: requests/s that there are now.
+            now: the fleet that there is. It stays as long as it serves HEADROOM times the rate, or as no other serves
+                GAIN times as much.
 
         Raises:
             Infeasible: no pair of shapes serves these requests inside the targets.
         """
-        search = PlacementSearch(self.plan, self.arch, requests=self._like(history))
-        options: dict[Role, list[tuple[Shape, float]]] = {}
-        with search:
-            for role in BOTH:
-                present = [group.shape for group in now or () if group.role is role]
-                possible = shapes(self.arch, self.plan, self._most_gpus())
-                units = [Unit((Group(role, shape),)) for shape in dict.fromkeys(present + possible)]
-                judged = search.judge(
-                    [Candidate(unit, "disaggregated", (role,)) for unit in units], f"{role} alone", within=0.6
-                )
-                options[role] = [
-                    (one.candidate.unit.groups[0].shape, one.goodput.per_gpu * one.candidate.unit.gpus)
-                    for one in judged
-                    if one.goodput is not None and one.goodput.per_gpu > 0
-                ]
-        best: tuple[float, int, Fleet] | None = None
-        for prefill, prefill_rate in options[Role.PREFILL]:
-            for decode, decode_rate in options[Role.DECODE]:
+        weighed = self._weighed(lengths)
+        trials = Trials(self.plan, self.hardware, self._like(lengths, weighed[0][0] if weighed else rate))
+        if now is not None and trials.run(Unit(now), "disaggregated", HEADROOM * rate).passed:
+            return now
+        with PlacementSearch(self.plan, self.arch, requests=trials.requests) as search:
+            candidates = [Candidate(Unit(fleet), "disaggregated") for _, _, fleet in weighed[:WHOLE]]
+            judged = search.judge(candidates, "whole fleets")
+        served = [
+            (one.goodput.per_gpu * one.candidate.unit.gpus if one.goodput is not None else 0.0, gpus, fleet)
+            for one, (_, gpus, fleet) in zip(judged, weighed, strict=False)
+        ]
+        best = max(served, key=lambda one: one[:2], default=None)
+        if best is None or best[0] <= 0:
+            mean = np.mean(np.array(lengths), axis=0)
+            raise Infeasible(
+                f"no instances serve requests of {mean[0]:.0f} / {mean[1]:.0f} tokens inside the targets on "
+                f"{self.gpus} GPUs"
+            )
+        if now is not None and trials.run(Unit(now), "disaggregated", best[0] / GAIN).passed:
+            return now
+        return best[2]
+
+    def served(self, fleet: Fleet, lengths: Sequence[Lengths]) -> float:
+        """Requests/s like these that the fleet serves inside the targets."""
+        most = min(group.instances * self.phase_rate(group.role, group.shape, lengths) for group in fleet)
+        with PlacementSearch(self.plan, self.arch, requests=self._like(lengths, most)) as search:
+            (judged,) = search.judge([Candidate(Unit(fleet), "disaggregated")], "a fleet")
+        return judged.goodput.per_gpu * Unit(fleet).gpus if judged.goodput is not None else 0.0
+
+    def phase_rate(self, role: Role, shape: Shape, lengths: Sequence[Lengths]) -> float:
+        """Requests/s of one instance in the long run, by a formula; 0 if it cannot work.
+
+        Prefill: prompts that come at random and take D each wait in M/D/1 (DistServe, equation 1), so that 90 % of them
+        wait less than about ln(10) times the mean wait, rho D / (2 (1 - rho)); prompts shorter than L_m share steps.
+        Decode: the largest batch that memory and the target allow, all the time.
+        """
+        group = Group(role, shape)
+        longest = max(one.prompt + one.output for one in lengths) - 1
+        if not self.hardware.measured(group) or self.hardware.kv_tokens(group) < longest:
+            return 0.0
+        step_s = self.hardware.step_time(group).step_s
+        prompts, outputs = np.array(lengths).T
+        if role is Role.PREFILL:
+            together = max(1, int(self.hardware.l_m(group) / prompts.mean()))
+            times = [step_s([(0, int(prompt))] * together, 0, 0) for prompt in np.quantile(prompts, QUANTILES)]
+            late_s, mean_s = times[-1], float(np.mean(times))
+            slack_s = self.plan.slo.ttft_s - late_s
+            load = slack_s / (slack_s + 0.5 * math.log(10) * mean_s) if slack_s > 0 else 0.0
+            return load * together * shape.pp / mean_s
+        # A sequence that is looked at while it decodes is a long one, by the inspection paradox, and half through.
+        context = float((outputs * (prompts + outputs / 2)).sum() / outputs.sum())
+        most = min(self.plan.slots, int(self.hardware.kv_tokens(group) / context / shape.pp))
+        batch = bisect_right(range(1, most + 1), self.plan.slo.tpot_s, key=lambda b: step_s((), b, round(b * context)))
+        if not batch:
+            return 0.0
+        return batch * shape.pp / step_s((), batch, round(batch * context)) / max(float(outputs.mean()) - 1, 1.0)
+
+    def splits(self, fleet: Fleet) -> list[Fleet]:
+        """All fleets of these two shapes that leave no GPU idle that could work."""
+        prefill, decode = fleet
+        found = []
+        for n in range(1, (self.gpus - decode.shape.gpus) // prefill.shape.gpus + 1):
+            m = (self.gpus - n * prefill.shape.gpus) // decode.shape.gpus
+            found.append((replace(prefill, instances=n), replace(decode, instances=m)))
+        return found
+
+    def _weighed(self, lengths: Sequence[Lengths]) -> list[tuple[float, int, Fleet]]:
+        """(requests/s by the phases alone, - GPUs at work, fleet), the best first."""
+        possible = shapes(self.arch, self.plan, self._most_gpus())
+        rates = {role: {shape: self.phase_rate(role, shape, lengths) for shape in possible} for role in BOTH}
+        weighed: list[tuple[float, int, Fleet]] = []
+        for prefill, prefill_rate in rates[Role.PREFILL].items():
+            for decode, decode_rate in rates[Role.DECODE].items():
                 for n in range(1, (self.gpus - decode.gpus) // prefill.gpus + 1):
                     m = (self.gpus - n * prefill.gpus) // decode.gpus
-                    rate = min(n * prefill_rate, m * decode_rate)
                     fleet = (Group(Role.PREFILL, prefill, n), Group(Role.DECODE, decode, m))
-                    key = (round(rate, 3), -sum(group.gpus for group in fleet))
-                    if m and (best is None or key > best[:2]):
-                        best = (*key, fleet)
-        if best is None:
-            raise Infeasible(f"no instances serve {pattern_of(list(history))} inside the targets on {self.gpus} GPUs")
-        if now is not None:
-            rates = {role: dict(found) for role, found in options.items()}
-            served = min(group.instances * rates[group.role].get(group.shape, 0.0) for group in now)
-            if served >= HEADROOM * pattern_of(list(history)).rate or served * GAIN >= best[0]:
-                return now
-        return best[2]
+                    rate = round(min(n * prefill_rate, m * decode_rate), 3)
+                    if rate > 0:
+                        weighed.append((rate, -sum(group.gpus for group in fleet), fleet))
+        return sorted(weighed, key=lambda one: one[:2], reverse=True)
 
     def _most_gpus(self) -> int:
         """Of one instance: both phases need one, and a cluster with a single one of each is hard to balance."""
         return min(self.plan.cluster.gpus_per_node, max(1, self.gpus // 2))
 
-    def _like(self, history: Sequence[Observation]) -> Requests:
-        """Requests with lengths drawn from the history, arriving at random."""
-        count = self.plan.search.requests or 400
+    def _like(self, lengths: Sequence[Lengths], rate: float) -> Requests:
+        """Requests with lengths drawn from these, arriving at random: as many as it takes, at about this rate, for the
+        fleet to fill and for its queues to show."""
+        span_s = 30.0 + 4 * self.plan.slo.tpot_s * float(np.mean([one.output for one in lengths]))
+        count = max(self.plan.search.requests or 1000, min(round(rate * span_s), LONGEST))
         random = np.random.default_rng(self.plan.search.seed)
-        lengths = [history[index].lengths for index in random.integers(0, len(history), count)]
+        drawn = [lengths[index] for index in random.integers(0, len(lengths), count)]
         gaps = np.cumsum(random.exponential(1e9, count)).astype(int)
-        return Requests(self.plan, submissions([int(gap) for gap in gaps], lengths))
-
-    # --- one trace ----------------------------------------------------------------------------------------------------
-
-    def follow(
-        self,
-        requests: Iterable[Submission],
-        first: Fleet,
-        *,
-        test: ShiftTest | None = None,
-        settle: int = 300,
-        on_shift: Callable[[Shift], None] | None = None,
-    ) -> list[Change]:
-        """The changes that this trace brings about.
-
-        Args:
-            requests: in order of arrival.
-            first: the fleet at the beginning.
-            settle: requests of the new pattern that a plan is made from.
-        """
-        test = test or ShiftTest()
-        fleet, changes = first, []
-        pending: Shift | None = None
-        for one in requests:
-            lengths = Lengths(one.request.prompt_tokens, _most(one.output_tokens))
-            told = test.observe(one.arrival_ns, lengths)
-            if told is not None:
-                pending = told
-                if on_shift is not None:
-                    on_shift(told)
-            if pending is None:
-                continue
-            history = test.history(pending.since_ns)
-            if len(history) < settle:
-                continue
-            shift, pending = pending, None
-            wanted = self.fleet(history, fleet)
-            if wanted != fleet:
-                change = self._change(shift, fleet, wanted, one.arrival_ns)
-                changes.append(change)
-                fleet = wanted
-        return changes
-
-    def _change(self, shift: Shift, before: Fleet, after: Fleet, now_ns: int) -> Change:
-        going = _instances(before) - _instances(after)
-        coming = _instances(after) - _instances(before)
-        loaded = self._to_load(going, coming)
-        load_s = max(loaded.values(), default=0.0) / self.cost.load_bytes_per_s
-        at_ns = now_ns + round(self.cost.search_s * 1e9)
-        up_ns = at_ns + round((self.cost.drain_s + self.cost.start_s + load_s) * 1e9)
-        total = sum(per_gpu * shape.gpus * coming[role, shape] for (role, shape), per_gpu in loaded.items())
-        return Change(shift, before, after, at_ns, up_ns, going.total(), total)
-
-    def _to_load(
-        self, going: Counter[tuple[Role, Shape]], coming: Counter[tuple[Role, Shape]]
-    ) -> dict[tuple[Role, Shape], float]:
-        """Bytes that each GPU of the new instances loads, by kind; none where as many of the same shape have gone."""
-        held = Counter[Shape]()
-        for (_, shape), count in going.items():
-            held[shape] += count
-        weights = self.arch.parameters() * 2
-        return {
-            (role, shape): 0.0 if held[shape] >= count else weights / shape.gpus
-            for (role, shape), count in coming.items()
-        }
-
-    # --- the run ------------------------------------------------------------------------------------------------------
-
-    def events(self, first: Fleet, changes: Sequence[Change]) -> tuple[list[Instance], list[tuple[int, Event]]]:
-        """The instances at the beginning, and what happens to them and to those that follow."""
-        living: dict[tuple[Role, Shape], list[Instance]] = {}
-        made = 0
-
-        def make(role: Role, shape: Shape, count: int) -> list[Instance]:
-            nonlocal made
-            new = self.hardware.instances(Unit((Group(role, shape, count),)), BOTH)
-            new = [replace(one, id=made + index) for index, one in enumerate(new)]
-            made += count
-            living.setdefault((role, shape), []).extend(new)
-            return new
-
-        begin = [one for group in first for one in make(group.role, group.shape, group.instances)]
-        events: list[tuple[int, Event]] = []
-        for change in changes:
-            going = _instances(change.before) - _instances(change.after)
-            coming = _instances(change.after) - _instances(change.before)
-            lost_ns = change.at_ns + round(self.cost.drain_s * 1e9)
-            for kind, count in going.items():
-                for _ in range(count):
-                    gone = living[kind].pop()
-                    events += [(change.at_ns, Drain(gone.id)), (lost_ns, InstanceLost(gone.id, gone.epoch))]
-            for (role, shape), count in coming.items():
-                events += [(change.up_ns, InstanceUp(one)) for one in make(role, shape, count)]
-        return begin, sorted(events, key=lambda event: event[0])
-
-    def latency(self, first: Fleet, changes: Sequence[Change]) -> PlacedLatency:
-        """Step times of all instances that there ever are, numbered as in `events`."""
-        kinds = [(group.role, group.shape) for group in first for _ in range(group.instances)]
-        for change in changes:
-            coming = _instances(change.after) - _instances(change.before)
-            kinds += [kind for kind, count in coming.items() for _ in range(count)]
-        steps: dict[int, StepTime] = {
-            id: self.hardware.step_time(Group(role, shape)) for id, (role, shape) in enumerate(kinds)
-        }
-        return self.hardware.placed(steps, {id: shape.gpus for id, (_, shape) in enumerate(kinds)})
-
-
-def _instances(fleet: Fleet) -> Counter[tuple[Role, Shape]]:
-    return Counter({(group.role, group.shape): group.instances for group in fleet})
-
-
-def _most(outputs: int | tuple[int, ...]) -> int:
-    return outputs if isinstance(outputs, int) else max(outputs)
+        return Requests(self.plan, submissions([int(gap) for gap in gaps], drawn))
