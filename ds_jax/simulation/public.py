@@ -24,7 +24,7 @@ class HostWork:
     """What the host of a stage does for a step before its devices begin: remote call, page tables, detokenizing."""
 
     step_s: float = 0.0
-    """For every decode step; negative where the fits contain more than the system has."""
+    """For every decode step."""
     context_token_s: float = 0.0
     """For each token that the decodes attend to: page tables are sent anew with every step."""
     sequence_s: float = 0.0
@@ -61,6 +61,8 @@ class PublicSystem:
     copies_after_steps: bool
     prompt_factor: float = 1.0
     """Its prompts took so many times what the fits say."""
+    decode_base_s: float = 0.0
+    """Its decode steps took so much more than the fits say; negative where the fits contain more than it did."""
     profiled_tokens: int = 0
     """Tokens of the batch that it tried before it sized its pool, whose activations it left room for; 0: none."""
     activation_vectors: int = 0
@@ -107,15 +109,20 @@ class PublicSystem:
 
     def latency(self, profile: LatencyProfile, layout: Iterable[tuple[int, int, int]]) -> PublicLatency:
         """The truth to simulate on, of instances (id, tp, pp)."""
-        if self.prompt_factor != 1:
-            fits = {tp: _scaled(fit, self.prompt_factor) for tp, fit in profile.fits.items()}
+        if self.prompt_factor != 1 or self.decode_base_s:
+            fits = {tp: self._adjusted(fit) for tp, fit in profile.fits.items()}
             profile = replace(profile, fits=fits, outside=profile.outside)
         return PublicLatency(self, profile, list(layout))
 
-
-def _scaled(fit: StepFit, prompt_factor: float) -> StepFit:
-    base, token, square = fit.prefill
-    return replace(fit, prefill=(prompt_factor * base, prompt_factor * token, prompt_factor * square))
+    def _adjusted(self, fit: StepFit) -> StepFit:
+        base, token, square = (self.prompt_factor * part for part in fit.prefill)
+        few, many = fit.decode, fit.decode_large
+        return replace(
+            fit,
+            prefill=(base, token, square),
+            decode=(few[0] + self.decode_base_s, *few[1:]),
+            decode_large=None if many is None else (many[0] + self.decode_base_s, *many[1:]),
+        )
 
 
 class PublicLatency(PlacedLatency):
@@ -162,10 +169,11 @@ PUBLIC_VLLM = PublicSystem(
     max_step_sequences=1024,
     slots=1024,
     request_s=5.5e-3,
-    host=HostWork(step_s=-2e-3, sequence_s=0.75e-3, crowd=16, crowded_sequence_s=0.15e-3),
+    host=HostWork(sequence_s=0.75e-3, crowd=16, crowded_sequence_s=0.16e-3),
     links=_NVLINK,
     copies_after_steps=False,
     prompt_factor=0.93,
+    decode_base_s=-1.5e-3,
     profiled_tokens=16384,
     activation_vectors=66,
 )
