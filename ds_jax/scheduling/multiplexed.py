@@ -54,6 +54,8 @@ class Multiplexed(SlackPolicy):
         super().__init__(*arguments, **options)
         self._line = Ranked()
         self._queues: dict[Worker, Queue] = {}
+        self._seen: dict[Worker, list[Entry]] = {}
+        """What waits for each worker, as far as it was looked at during this event."""
         self._oldest: Sequence | None = None
         self._overtaken = 0
         """Prompts that were placed while `_oldest` waited longest."""
@@ -77,6 +79,7 @@ class Multiplexed(SlackPolicy):
     def assign(self, sequence: Sequence, worker: Worker, *, replay: bool = False) -> None:
         """As `Policy.assign`, into the worker's queue too."""
         super().assign(sequence, worker, replay=replay)
+        self._seen.pop(worker, None)
         self._queue(worker).prompts.add(self._entry(sequence, worker, replay))
 
     def start(self, worker: Worker, sequence: Sequence) -> None:
@@ -84,6 +87,7 @@ class Multiplexed(SlackPolicy):
         queue = self._queue(worker)
         queue.overtaken += queue.head is not sequence
         queue.prompts.remove(sequence)
+        self._seen.pop(worker, None)
         super().start(worker, sequence)
 
     def _queue(self, worker: Worker) -> Queue:
@@ -109,6 +113,7 @@ class Multiplexed(SlackPolicy):
 
     def dispatch(self) -> None:
         """Try again for those that wait: something has changed."""
+        self._seen.clear()
         oldest = next((one for one in self.waiting.values() if one.phase is Phase.WAITING), None)
         if oldest is None:
             return
@@ -187,10 +192,11 @@ class Multiplexed(SlackPolicy):
         deadline_ns = self.deadline_ns(sequence)
         able = []
         for worker in workers if deadline_ns > self.now_ns else ():
-            entry = self._entry(sequence, worker, replay=False)
-            queue = self._queue(worker).prompts.first(MOST_QUEUED)
+            if (queue := self._seen.get(worker)) is None:
+                queue = self._seen[worker] = self._queue(worker).prompts.first(MOST_QUEUED)
             if len(queue) == MOST_QUEUED:
                 continue
+            entry = self._entry(sequence, worker, replay=False)
             forecast, lanes = self.foresight(worker).forecast, worker.instance.lanes
             at_ns = float(forecast.free_ns(self.now_ns))
             for one in worker.prompts.partial.values():
