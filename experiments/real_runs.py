@@ -90,7 +90,7 @@ def read_run(path: Path) -> RealRun:
     )
     if not all(tp and pp for _, tp, pp in layout):
         raise ValueError(f"{path}: tp and pp in the name must be at least 1")
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:  # told of by line, as no number
         reader = csv.DictReader(file)
         for column in ("arrival_s", "prompt_tokens", "output_tokens"):
             if column not in (reader.fieldnames or ()):

@@ -191,7 +191,7 @@ def line(timestamp, prompt=5, output=2):
 
 def written(folder, name, *lines):
     path = folder / name
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.write_bytes(b"".join((one if isinstance(one, bytes) else one.encode()) + b"\n" for one in lines))
     return path
 
 
@@ -221,7 +221,9 @@ def test_a_replay_keeps_proportions_at_another_rate(tmp_path):
         ("a.csv", ["arrival_s,prompt_tokens,output_tokens", "1,5"], "a.csv, line 2: "),
         ("a.csv", ["arrival_s,prompt_tokens,output_tokens", "nan,5,5"], "a.csv, line 2: "),
         ("a.csv", ["arrival_s,prompt_tokens,output_tokens", "2,5,5", "1,5,5"], "line 3: arrival at 1.0 s comes before"),
+        ("a.csv", ["arrival_s,prompt_tokens,output_tokens", "0,5,5", b"1,\xff,2"], "a.csv, line 3: "),
         ("a.jsonl", [line(0), "{"], "a.jsonl, line 2: "),
+        ("a.jsonl", [line(0), b'{"timestamp": \xff}'], "a.jsonl, line 2: "),
         ("a.jsonl", [line(0), "[1]"], "a.jsonl, line 2: list in place of an object"),
         ("a.jsonl", ['{"timestamp": 3}'], "a.jsonl, line 1: input_length is missing"),
         ("a.jsonl", [line(0, prompt="many")], "a.jsonl, line 1: input_length = 'many' must be a number"),
@@ -265,6 +267,14 @@ def test_data_sets_are_read_with_the_users_own_count_of_tokens(tmp_path):
         (read_sharegpt, "s.json", ["[", "{]"], "s.json, line 2: "),
         (read_sharegpt, "s.json", ["{}"], "a list of conversations is expected"),
         (read_sharegpt, "s.json", ['[{"conversations": [{"from": "human"}]}]'], "s.json, conversation 0: "),
+        (read_sharegpt, "s.json", ["[", b'"\xff"]'], "s.json, line 2: invalid start byte in UTF-8"),
+        (
+            read_sharegpt,
+            "s.json",
+            ['[{"conversations": [{"from": "human", "value": null}]}]'],
+            "s.json, conversation 0: the value of a turn must be a text",
+        ),
+        (read_humaneval, "h.jsonl", [b'{"prompt": "\xff"}'], "h.jsonl, line 1: invalid start byte in UTF-8"),
         (read_humaneval, "h.jsonl", ['{"prompt": "a"}'], "h.jsonl, line 1: canonical_solution is missing"),
         (read_longbench, "l.jsonl", ["", "{"], "l.jsonl, line 2: "),
         (read_longbench, "l.jsonl", ['{"context": "", "input": "", "answers": []}'], "line 1: answers must begin"),

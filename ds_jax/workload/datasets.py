@@ -25,10 +25,14 @@ def read_sharegpt(path: str | Path, count: Count, longest: int | None = None) ->
     Raises:
         ValueError: the file is no JSON list of conversations; names file and line, or conversation.
     """
+    content = Path(path).read_bytes()
     try:
-        conversations = json.loads(Path(path).read_text(encoding="utf-8"))
+        conversations = json.loads(content.decode())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {number}: {error.reason} in UTF-8") from None
     if not isinstance(conversations, list):
         raise ValueError(f"{path}, line 1: a list of conversations is expected")
     for index, conversation in enumerate(conversations):
@@ -36,6 +40,8 @@ def read_sharegpt(path: str | Path, count: Count, longest: int | None = None) ->
             turns = [(turn["from"], turn["value"]) for turn in conversation["conversations"][:2]]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}, conversation {index}: {error} is no turn with 'from' and 'value'") from None
+        if not all(isinstance(text, str) for _, text in turns):
+            raise ValueError(f"{path}, conversation {index}: the value of a turn must be a text")
         if len(turns) == 2 and turns[0][0] in ("human", "user"):
             yield from _within(longest, count(turns[0][1]), count(turns[1][1]))
 
@@ -66,14 +72,16 @@ def _within(longest: int | None, prompt: int, output: int) -> Iterator[Lengths]:
 
 
 def _objects(path: str | Path, fields: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: {error.msg}") from None
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, line {number}: {error.reason} in UTF-8") from None
             for name in fields:
                 if not isinstance(row, dict) or not isinstance(row.get(name), str if name != "answers" else list):
                     raise ValueError(f"{path}, line {number}: {name} is missing or of the wrong type")

@@ -23,13 +23,17 @@ class Arrival(NamedTuple):
     lengths: Lengths
 
 
+_LATER = "surrogateescape"
+"""What is no UTF-8 is no number either, and is told of with its line."""
+
+
 def read_csv(path: str | Path) -> Iterator[Arrival]:
     """Rows of `arrival_s,prompt_tokens,output_tokens`; other columns are ignored.
 
     Raises:
         ValueError: (while read) a column is missing, or a malformed row; names file and line.
     """
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8", errors=_LATER) as file:
         rows = csv.DictReader(file)
         columns = ("arrival_s", "prompt_tokens", "output_tokens")
         if missing := [column for column in columns if column not in (rows.fieldnames or ())]:
@@ -46,7 +50,7 @@ def read_mooncake(path: str | Path, spread: bool = True) -> Iterator[Arrival]:
     Raises:
         ValueError: (while read) a malformed line; names file and line.
     """
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors=_LATER) as file:
         lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
         arrivals = _checked(path, lines, _mooncake_row)
         yield from _spread(arrivals) if spread else arrivals
@@ -125,7 +129,7 @@ def _checked[Row](
             number, row = next(rows)
         except StopIteration:
             return
-        except (csv.Error, UnicodeDecodeError) as error:
+        except csv.Error as error:
             raise ValueError(f"{path} cannot be read: {error}") from None
         try:
             arrival = read(row)
