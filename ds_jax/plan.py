@@ -24,7 +24,10 @@ class ClusterConfig:
     gpu: str = "a100-80g"
     """Kind of the GPUs: a name of ds_jax/latency/gpus.py; own: the devices that `profile` was measured on."""
     decode_gpu: str = ""
-    """Kind of the GPUs of decode instances, where it is another; these are nodes of their own. Empty: the same."""
+    """Kind of the GPUs of decode instances, where it is another; these are nodes of their own, so that KV always
+    crosses the network, and affinity must be high. Empty: the same."""
+    decode_nodes: int = 0
+    """Machines with GPUs of decode_gpu, beside the others; 0: as many as nodes."""
     network_gbits: float = 25.0
     """Bandwidth between nodes in Gbit/s; decides what moving KV across nodes costs."""
 
@@ -147,6 +150,7 @@ class PlanConfig:
         if not 0 < self.search.attainment < 1:
             raise ValueError(f"search.attainment = {self.search.attainment} must be between 0 and 1")
         for name, value in (
+            ("cluster.decode_nodes", self.cluster.decode_nodes),
             ("search.requests", self.search.requests),
             ("search.max_pp", self.search.max_pp),
             ("search.max_tp", self.search.max_tp),
@@ -154,7 +158,22 @@ class PlanConfig:
         ):
             if value < 0:
                 raise ValueError(f"{name} = {value} must be 0 or more")
+        self._check_kinds()
         self._check_applications()
+
+    def _check_kinds(self) -> None:
+        cluster = self.cluster
+        two = cluster.decode_gpu not in ("", cluster.gpu)
+        if cluster.decode_nodes and not two:
+            raise ValueError(
+                f"cluster.decode_nodes = {cluster.decode_nodes} must be 0 unless cluster.decode_gpu names another kind "
+                "of GPU than cluster.gpu"
+            )
+        if two and self.policy == "disaggregated" and self.affinity == "low":
+            raise ValueError(
+                "affinity = low must be high, since it puts a prefill and a decode instance on the same nodes, and "
+                f"cluster.decode_gpu = {cluster.decode_gpu} is on others than cluster.gpu = {cluster.gpu}"
+            )
 
     def _check_applications(self) -> None:
         names = [one.name for one in self.applications]

@@ -6,6 +6,7 @@ luck of a finite run), and only ever leaves a candidate out or puts candidates i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -19,6 +20,9 @@ from ds_jax.plan import PlanConfig
 from ds_jax.protocol import Role
 
 MARGIN = 1.25
+
+MIXING = ("chunked", "deflected")
+"""Policies whose steps have prompts and decodes: the decodes ride along."""
 
 
 class Obstacle(StrEnum):
@@ -39,73 +43,118 @@ class Bound:
     obstacle: Obstacle | None = None
     """Why it cannot serve at all."""
     nearest: float = 0.0
-    """The value of the obstacle's limit from which on it could: GPUs, seconds, or Gbit/s."""
+    """The value of the obstacle's limit from which on it could: GPUs of the unit, seconds, or Gbit/s; inf: no value is
+    known to do."""
 
 
-def bound(unit: Unit, plan: PlanConfig, hardware: Hardware, requests: Requests, phases: Sequence[Role] = BOTH) -> Bound:
+def bound(
+    unit: Unit,
+    plan: PlanConfig,
+    hardware: Hardware,
+    requests: Requests,
+    phases: Sequence[Role] = BOTH,
+    policy: str = "disaggregated",
+) -> Bound:
     """A rate that the unit cannot pass, and why it cannot serve at all if that is 0."""
     longest = int((requests.prompts + requests.outputs).max()) - 1
-    for group in unit.groups:
-        if hardware.kv_tokens(group) < longest:
-            return Bound(0.0, Obstacle.MEMORY, hardware.fewest_gpus(group, longest))
-        if not hardware.measured(group):
-            return Bound(0.0, Obstacle.UNMEASURED)
-    rates = []
-    for group in unit.groups:
-        prefills = Role.PREFILL in phases and group.role in (Role.PREFILL, Role.MIXED)
-        decodes = Role.DECODE in phases and group.role in (Role.DECODE, Role.MIXED)
-        if prefills:
-            ttft_s = unloaded_ttft_s(group, hardware, requests, plan.search.attainment)
-            if ttft_s > plan.slo.ttft_s:
-                return Bound(0.0, Obstacle.TTFT, ttft_s)
-        if decodes:
-            tpot_s = unloaded_tpot_s(group, hardware, requests)
-            if tpot_s > plan.slo.tpot_s:
-                return Bound(0.0, Obstacle.TPOT, tpot_s)
-        seconds = 0.0
-        if prefills and not (group.role is Role.MIXED and unit.group(Role.PREFILL)):
-            seconds += _prefill_work_s(group, hardware, requests)
-        if decodes:
-            seconds += _decode_work_s(group, hardware, requests)
-        if seconds:
-            span = plan.slo.ttft_s + plan.slo.tpot_s * float(requests.outputs.mean())
-            rates.append(group.instances * _of_a_finite_run(1 / seconds, span, len(requests.prompts)))
+    if any(hardware.kv_tokens(group) < longest for group in unit.groups):
+        return Bound(0.0, Obstacle.MEMORY, sum(hardware.fewest_gpus(group, longest) for group in unit.groups))
+    if not all(hardware.measured(group) for group in unit.groups):
+        return Bound(0.0, Obstacle.UNMEASURED)
+    prefilling = [one for one in unit.groups if Role.PREFILL in phases and one.role is not Role.DECODE]
+    decoding = [one for one in unit.groups if Role.DECODE in phases and one.role is not Role.PREFILL]
+    if prefilling:
+        # The fastest takes the prompts that no other could take in time.
+        ttft_s = min(unloaded_ttft_s(one, hardware, requests, plan.search.attainment, policy) for one in prefilling)
+        if ttft_s > plan.slo.ttft_s:
+            return Bound(0.0, Obstacle.TTFT, ttft_s)
+    if decoding:
+        tpot_s = min(unloaded_tpot_s(one, hardware, requests, plan.search.attainment, policy) for one in decoding)
+        if tpot_s > plan.slo.tpot_s:
+            return Bound(0.0, Obstacle.TPOT, tpot_s)
     if unit.kv_crosses_nodes and len(phases) > 1:
         needed = _network_needed_gbits(unit, plan, hardware, requests)
         if needed > plan.cluster.network_gbits:
             return Bound(0.0, Obstacle.BANDWIDTH, needed)
-    return Bound(MARGIN * min(rates) / unit.gpus)
+    rate = _most_work(prefilling, decoding, hardware, requests, policy)
+    # A run can end before a queue that grows for ever is seen to be too long: 1 / rate is the time between departures,
+    # and the last of the requests that count may be late by a whole life.
+    span_s = plan.slo.ttft_s + plan.slo.tpot_s * float(requests.outputs.mean())
+    gap = 1 / rate - span_s / (0.9 * len(requests.prompts))
+    return Bound(MARGIN / gap / unit.gpus if gap > 0 else math.inf)
 
 
-def unloaded_ttft_s(group: Group, hardware: Hardware, requests: Requests, share: float) -> float:
+def unloaded_ttft_s(
+    group: Group, hardware: Hardware, requests: Requests, share: float, policy: str = "disaggregated"
+) -> float:
     """TTFT that this share of the requests meets on an idle instance."""
-    step = hardware.step_time(group)
     length = int(np.percentile(requests.prompts, 100 * share, method="lower"))
-    return step.step_s([(0, length)], 0, 0)
+    pace = hardware.pace(group, policy)
+    return pace.prefill[0] + float(pace.prompts_s(np.array([length]))[0]) + hardware.delay_s(policy)
 
 
-def unloaded_tpot_s(group: Group, hardware: Hardware, requests: Requests) -> float:
-    """Time of a decode step for one sequence of a middling context."""
-    return hardware.step_time(group).step_s((), 1, int(requests.prompts.min()) + 1)
+def unloaded_tpot_s(
+    group: Group, hardware: Hardware, requests: Requests, share: float, policy: str = "disaggregated"
+) -> float:
+    """Time of a decode step for one sequence, which this share of the requests meet: those that have a decode step."""
+    contexts = np.where(requests.outputs > 1, requests.prompts + 1, 0)
+    context = int(np.percentile(contexts, 100 * share, method="lower"))
+    return hardware.pace(group, policy).decode_s(1, context) if context else 0.0
 
 
-def _prefill_work_s(group: Group, hardware: Hardware, requests: Requests) -> float:
+def _most_work(
+    prefilling: Sequence[Group], decoding: Sequence[Group], hardware: Hardware, requests: Requests, policy: str
+) -> float:
+    """Requests/s of which the instances can do all the work, in steps as full as they can be.
+
+    With x of the R requests/s prefilled by instances that do nothing else:
+
+        x p <= n    of those n, p seconds a prompt
+        (R - x) p' + R d <= m    of the m that decode in d seconds a request, and prefill in p' seconds a prompt
+    """
+    if not decoding:
+        return sum(one.instances / _prefill_work_s(one, hardware, requests, policy) for one in prefilling)
+    (last,) = decoding
+    alone_s = _decode_work_s(last, hardware, requests, policy)
+    rate = last.instances / alone_s
+    if not prefilling:
+        return rate
+    apart = sum(one.instances / _prefill_work_s(one, hardware, requests, policy) for one in prefilling if one != last)
+    if last not in prefilling:
+        return min(rate, apart)
+    prompt_s = _prefill_work_s(last, hardware, requests, policy)
+    beside_s = _riding_work_s(last, hardware, requests, policy) if policy in MIXING else alone_s
+    return min(rate, (apart + last.instances / prompt_s) / (1 + beside_s / prompt_s))
+
+
+def _prefill_work_s(group: Group, hardware: Hardware, requests: Requests, policy: str) -> float:
     """Mean seconds of the first stage per request, in steps as full as they can be."""
-    step = hardware.step_time(group)
-    base = step.step_s([(0, 1)], 0, 0)
-    full = hardware.max_step_tokens
-    times = [step.step_s([(0, int(length))], 0, 0) - base * max(0.0, 1 - length / full) for length in requests.prompts]
-    return max(float(np.mean(times)), 1e-9) / group.shape.pp
+    pace = hardware.pace(group, policy)
+    lengths = requests.prompts
+    bases = pace.prefill[0] * np.minimum(1.0, lengths / pace.step_tokens)
+    return max(float(np.mean(bases + pace.prompts_s(lengths))), 1e-9) / group.shape.pp
 
 
-def _decode_work_s(group: Group, hardware: Hardware, requests: Requests) -> float:
+def _decode_work_s(group: Group, hardware: Hardware, requests: Requests, policy: str) -> float:
     """Mean seconds of a stage per request, in batches as large as memory allows: tokens / (best tokens per second)."""
-    step = hardware.step_time(group)
+    pace = hardware.pace(group, policy)
     context = float(requests.prompts.mean() + requests.outputs.mean() / 2)
-    most = min(hardware.plan.slots, max(1, int(hardware.kv_tokens(group) / context / group.shape.pp)))
+    most = min(pace.slots, max(1, int(pace.kv_tokens / context / group.shape.pp)))
     sizes = sorted({min(most, 2**power) for power in range(12)})
-    per_token = min(step.step_s((), size, round(size * context)) / size for size in sizes)
-    return per_token * float(requests.outputs.mean() - 1 or 1) / group.shape.pp
+    per_token = min(pace.decode_s(size, size * context) / size for size in sizes)
+    return _of_all_tokens(per_token, group, requests)
+
+
+def _riding_work_s(group: Group, hardware: Hardware, requests: Requests, policy: str) -> float:
+    """The same of decodes that ride along in steps with prompts: these read the weights anyway."""
+    pace = hardware.pace(group, policy)
+    context = float(requests.prompts.mean() + requests.outputs.mean() / 2)
+    per_token = min(coefficients[1] * context + coefficients[2] for coefficients in (pace.decode, pace.decode_large))
+    return _of_all_tokens(max(per_token, 0.0), group, requests)
+
+
+def _of_all_tokens(per_token_s: float, group: Group, requests: Requests) -> float:
+    return max(per_token_s * float(np.maximum(requests.outputs - 1, 0).mean()) / group.shape.pp, 1e-9)
 
 
 def _network_needed_gbits(unit: Unit, plan: PlanConfig, hardware: Hardware, requests: Requests) -> float:
@@ -121,10 +170,3 @@ def _network_needed_gbits(unit: Unit, plan: PlanConfig, hardware: Hardware, requ
     slack_s = np.maximum(plan.slo.tpot_s - step_s, 1e-9) * gaps
     factors = np.where(gaps > 0, transfer_s / np.maximum(slack_s, 1e-9), 0.0)
     return float(np.percentile(factors, 100 * plan.search.attainment, method="lower")) * plan.cluster.network_gbits
-
-
-def _of_a_finite_run(rate: float, span_s: float, count: int) -> float:
-    """A run of `count` requests can end before a queue that grows for ever is seen to be too long: 1 / rate is the
-    time between departures, and the last of the requests that count may be `span_s` late."""
-    gap = 1 / rate - span_s / (0.9 * count)
-    return 1 / gap if gap > 0 else float("inf")

@@ -8,15 +8,18 @@ fail at every higher one: arrivals at another rate are the same gaps, scaled, of
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 LOWEST_RATE = 0.001
 """Requests/s/GPU below which nothing is of use."""
 
-FIRST_GUESS = 0.7
-"""Share of what is known to be too much that is tried next."""
+FIRST_GUESS = 0.58
+"""Share of a bound that is tried first, where nothing better is known: low rates are long runs."""
+
+NEVER = 2**30
+"""Index of no rate: it was not seen to fail."""
 
 
 class Score(Protocol):
@@ -33,8 +36,19 @@ class Score(Protocol):
         ...
 
 
-Trial = Callable[[float], Score]
-"""Rate in requests/s/GPU -> score."""
+Trial = Callable[[float, bool], Score]
+"""Rate in requests/s/GPU, and whether the share is wanted beside the verdict -> score."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of one candidate, as indices of the grid of rates."""
+
+    passes: int = -1
+    """Of the highest rate at which it passed."""
+    fails: int = NEVER
+    """Of the lowest at which it failed, or that a bound rules out."""
+    trials: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,12 @@ class Goodput:
     trials: int
     below: bool = False
     """It was given up below the rate to beat."""
+    exact: bool = True
+    """Otherwise a rate that passes, the next one that was tried fails."""
+    cached: bool = False
+    """It was found by an earlier search."""
+    outcome: Any = None
+    """The score at the last rate of the grid that it passed."""
 
 
 def published_rates() -> list[float]:
@@ -61,57 +81,100 @@ def fine_rates(highest: float, precision: float) -> list[float]:
     return rates
 
 
+Steps = Generator[tuple[float, bool], Score, tuple[Known, Goodput]]
+"""Yields (rate in requests/s/GPU, whether more is wanted than the verdict), is sent the score there."""
+
+
+def climb(
+    rates: Sequence[float],
+    known: Known,
+    *,
+    guess: float,
+    share: float | None,
+    beat: Callable[[], int] = lambda: -1,
+    stride: int = 1,
+) -> Steps:
+    """Find the last rate of the grid that passes: in growing steps from a guess, then by halves.
+
+    Args:
+        rates: ascending, in requests/s/GPU.
+        known: what need not be tried.
+        guess: rate near which the limit is expected.
+        share: interpolate on the attainment curve, between the last rate that passes and the first that fails, to
+            where it crosses this share. None: do not.
+        beat: index of the rate that it must pass; asked before every trial. It is given up as soon as it cannot.
+        stride: end as soon as the limit is known to so many rates.
+    """
+    low, high = known.passes, min(known.fails, len(rates))
+    scores: dict[int, Score] = {}
+    index, step, trials, failed = bisect_right(rates, guess) - 1, stride, 0, False
+
+    def sofar() -> Known:
+        return Known(low, high if high < len(rates) else known.fails, known.trials + trials)
+
+    while high > 0 and (low < 0 or high - low > stride):
+        least = beat()
+        if high <= least:
+            return sofar(), Goodput(0.0, sofar().trials, below=True)
+        filtering = low < least
+        index = least if filtering else min(max(index, low + 1), high - 1)
+        score = yield rates[index], stride == 1 and not filtering
+        trials += 1
+        if score.passed:
+            low = index
+            if not filtering or index >= bisect_right(rates, guess) - 1:
+                index = (low + high) // 2 if failed else low + step
+                step *= 2
+            else:
+                index = bisect_right(rates, guess) - 1
+        else:
+            high, failed = index, True
+            index = (low + high) // 2 if low >= 0 else high - step
+            step *= 2
+        if not filtering:
+            scores[high if not score.passed else low] = score
+    if low < 0:
+        return sofar(), Goodput(0.0, sofar().trials)
+    if share is not None:
+        for end in (low, high):
+            if end not in scores and end < len(rates):
+                scores[end] = yield rates[end], True
+                trials += 1
+    per_gpu, last = rates[low], scores.get(low)
+    if share is not None and high < len(rates):
+        above, below = scores[low].share, scores[high].share
+        fraction = min(max((above - share) / (above - below), 0.0), 1.0) if above > below else 0.0
+        per_gpu += fraction * (rates[high] - rates[low])
+    return sofar(), Goodput(per_gpu, sofar().trials, exact=stride == 1, outcome=last)
+
+
+def drive(steps: Steps, trial: Callable[[float, bool], Score]) -> tuple[Known, Goodput]:
+    """Run every trial that is asked for."""
+    try:
+        asked = next(steps)
+        while True:
+            asked = steps.send(trial(*asked))
+    except StopIteration as end:
+        return end.value
+
+
 def goodput(
-    trial: Trial, rates: Sequence[float], *, beat: float = 0.0, highest: float | None = None, share: float | None = None
+    trial: Callable[[float, bool], Score],
+    rates: Sequence[float],
+    *,
+    beat: float = 0.0,
+    highest: float | None = None,
+    share: float | None = None,
 ) -> Goodput:
-    """Bisect the grid for the last rate that passes.
+    """Of one candidate alone.
 
     Args:
         rates: ascending, in requests/s/GPU.
         beat: give up unless the candidate passes at the last rate up to this one.
         highest: a bound that no passing rate exceeds.
-        share: interpolate on the attainment curve, between the last rate that passes and the first that fails, to
-            where it crosses this share.
+        share: as in `climb`.
     """
-    low, high = -1, len(rates) if highest is None else bisect_right(rates, highest)
+    known = Known() if highest is None else Known(fails=bisect_right(rates, highest))
     least = bisect_right(rates, beat) - 1
-    scores: dict[int, Score] = {}
-
-    def passes(index: int) -> bool:
-        if index not in scores:
-            scores[index] = trial(rates[index])
-        return scores[index].passed
-
-    if least >= 0:
-        if least >= high or not passes(least):
-            return Goodput(0.0, len(scores), below=True)
-        low = least
-        step = 1
-        while low + step < high:  # it is likely to be near: upwards in growing steps
-            if not passes(low + step):
-                high = low + step
-                break
-            low, step = low + step, 2 * step
-    else:
-        target = rates[high - 1] if high else 0.0
-        while high > 0:  # downwards from the bound: the low rates are long runs, and seldom where the limit is
-            target *= FIRST_GUESS
-            middle = max(bisect_right(rates, target) - 1, 0)
-            if middle < high and passes(middle):
-                low = middle
-                break
-            high = min(high, middle)
-    while high - low > 1:
-        middle = (low + high) // 2
-        if passes(middle):
-            low = middle
-        else:
-            high = middle
-    if low < 0:
-        return Goodput(0.0, len(scores))
-    if share is None or high >= len(rates):
-        return Goodput(rates[low], len(scores))
-    passes(low), passes(high)
-    above, below = scores[low].share, scores[high].share
-    fraction = (above - share) / (above - below) if above > below else 0.0
-    return Goodput(rates[low] + fraction * (rates[high] - rates[low]), len(scores))
+    guess = FIRST_GUESS * min(rates[-1], rates[-1] if highest is None else highest)
+    return drive(climb(rates, known, guess=guess, share=share, beat=lambda: least), trial)[1]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from ds_jax.architecture import Architecture
 from ds_jax.config import SchedulerConfig
 from ds_jax.latency import Gpu, LatencyProfile, StepTime, fewest_gpus, gpu, kv_tokens, load, roofline
-from ds_jax.placement.layouts import Group, Unit
+from ds_jax.latency.fitted import Three
+from ds_jax.placement.layouts import Group, Unit, located
 from ds_jax.plan import PlanConfig
 from ds_jax.protocol import Instance, Role, Scheduler
 from ds_jax.scheduling import create_scheduler
@@ -25,6 +30,42 @@ MAX_STEP_SEQUENCES = 16
 OWN = "own"
 """Kind of GPU: the devices that the plan's profile was measured on."""
 _ENDLESS = 10**6
+"""Tokens of a step, prompts of a step, and pages, where there is to be no limit."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What the steps of an instance take in a trial, and what limits them: all that bounds and sketches ask."""
+
+    prefill: Three
+    """Seconds per step, per token, per squared token, through all stages."""
+    decode: Three
+    """Seconds per step, per token of context, per sequence."""
+    decode_large: Three
+    """The same for steps of more than `large_batch` sequences."""
+    large_batch: float
+    step_tokens: int
+    """Prompt tokens that share a step; a longer prompt runs alone."""
+    step_prompts: int
+    slots: int
+    """Sequences that a lane decodes."""
+    kv_tokens: int
+    ahead: int
+    """Steps of a lane that are planned before they can begin, the running one included."""
+
+    def prompts_s(self, prompts: np.ndarray) -> np.ndarray:
+        """Seconds of each prompt beside what every step takes."""
+        _, token, square = self.prefill
+        return token * prompts + square * prompts.astype(float) ** 2
+
+    def decode_of(self, batch: float) -> Three:
+        """Coefficients for a step of so many sequences."""
+        return self.decode if batch <= self.large_batch else self.decode_large
+
+    def decode_s(self, batch: int, context_tokens: float) -> float:
+        """Seconds of a decode step."""
+        base, context, sequence = self.decode_of(batch)
+        return base + context * context_tokens + sequence * batch
 
 
 class Instant:
@@ -47,6 +88,8 @@ class Hardware:
         self.gpus = {role: self._own() if name == OWN else gpu(name) for role, name in names.items()}
         self.public = self._public_systems() if plan.search.rule == "published" else {}
         """By policy, the public system whose rules and overheads hold, where the published figures are reproduced."""
+        self._unused: dict[str, None] = {}
+        """Why a profile that was given is not used."""
         self._profiles = {role: self._profile(role) for role in Role}
 
     def _own(self) -> Gpu:
@@ -77,8 +120,30 @@ class Hardware:
             assert profile is not None
             return profile
         if self.plan.profile and kind.name == self.plan.cluster.gpu:
-            return load(self.plan.profile)
+            profile = load(self.plan.profile)
+            if not (other := self._differs(profile, kind)):
+                return profile
+            if kind.name == OWN:
+                raise ValueError(f"profile = {self.plan.profile} {other}: measure one with experiments.profile")
+            self._unused[f"profile {self.plan.profile} {other}: step times are a roofline instead, extrapolated"] = None
         return roofline(self.arch, kind, self.plan.dtype, model=self.plan.model)
+
+    def under(self, plan: PlanConfig) -> Hardware:
+        """The same machines under a plan with other targets or another network."""
+        other = copy.copy(self)
+        other.plan = plan
+        return other
+
+    def _differs(self, profile: LatencyProfile, kind: Gpu) -> str:
+        """What of the plan the profile was not measured for."""
+        for what, measured, wanted in (
+            ("device", profile.device, profile.device if kind.name == OWN else kind.name),
+            ("model", profile.model, Path(self.plan.model).name),
+            ("dtype", profile.dtype, self.plan.dtype),
+        ):
+            if measured != wanted:
+                return f"is of {what} {measured}, not {wanted}"
+        return ""
 
     @property
     def extrapolated(self) -> bool:
@@ -86,8 +151,9 @@ class Hardware:
         return any(profile.extrapolated for profile in self._profiles.values())
 
     def notes(self) -> list[str]:
-        """What was asked beyond the measured ranges."""
-        return [note for profile in self._profiles.values() for note in profile.outside.values()]
+        """What was asked beyond the measured ranges, and profiles that are of something else."""
+        outside = [note for profile in self._profiles.values() for note in profile.outside.values()]
+        return [*self._unused, *dict.fromkeys(outside)]
 
     def fingerprint(self) -> str:
         """A digest of all figures."""
@@ -100,6 +166,10 @@ class Hardware:
     def measured(self, group: Group) -> bool:
         """Whether the profile knows the group's tensor parallelism."""
         return group.shape.tp in self._profiles[group.role].fits
+
+    def measured_tps(self) -> list[int]:
+        """Tensor parallelisms that are known of every role."""
+        return sorted(set.intersection(*(set(profile.fits) for profile in self._profiles.values())))
 
     def step_time(self, group: Group) -> StepTime:
         """Step times of an instance of the group."""
@@ -115,6 +185,46 @@ class Hardware:
         """GPUs from which on an instance of this role holds the weights and this many tokens; inf: it is not known."""
         kind = self.gpus[group.role]
         return fewest_gpus(self.arch, kind, self.plan.dtype, tokens) if kind.memory_bytes else math.inf
+
+    def pace(self, group: Group, policy: str) -> Pace:
+        """Its steps under a policy: the fits, and what a trial adds to them. At least so much, where it depends."""
+        public = self.public.get(policy)
+        fit = self._profiles[group.role].fit_of(group.shape.tp)
+        instance = self._instance(0, group, public)
+        base, token, square = fit.prefill
+        small, large = fit.decode, fit.decode_large or fit.decode
+        if public is None:
+            overhead_s = self.overhead_s
+            prefill = (base + overhead_s, token, square)
+            small, large = ((first + overhead_s, *rest) for first, *rest in (small, large))  # type: ignore[assignment]
+        else:
+            factor, host = public.prompt_factor, public.host
+            prefill = (factor * base, factor * token, factor * square)
+            host_s = min(host.step_s, host.step_s * group.shape.pp)  # of each stage; a saving counts on all of them
+            more = host_s + getattr(public, "decode_base_s", 0.0), host.context_token_s
+            each = min(host.sequence_s, host.crowded_sequence_s or host.sequence_s)
+            small, large = (
+                (first + more[0], second + more[1], third + each) for first, second, third in (small, large)
+            )
+        together = instance.max_step_tokens
+        if policy not in ("colocated", "chunked"):
+            together = min(together, instance.saturation_tokens)
+        return Pace(
+            prefill,
+            small,
+            large,
+            fit.large_batch,
+            together,
+            instance.max_step_sequences,
+            instance.slots,
+            instance.pages * instance.page_size,
+            (SchedulerConfig() if public is None else public.options).steps_per_lane,
+        )
+
+    @property
+    def overhead_s(self) -> float:
+        """Of the host, which every step waits for."""
+        return max(profile.host_overhead_s for profile in self._profiles.values())
 
     def l_m(self, group: Group) -> int:
         """Shortest prompt that saturates an instance of the group, in tokens."""
@@ -134,8 +244,12 @@ class Hardware:
 
         return create_scheduler(policy, SchedulerConfig(), predict)
 
-    def instances(self, unit: Unit, phases: Sequence[Role], policy: str = "") -> list[Instance]:
-        """The unit's instances; and, for a phase alone, one of the other that takes no time and has no end."""
+    def instances(self, unit: Unit, phases: Sequence[Role], policy: str = "", pages: int = _ENDLESS) -> list[Instance]:
+        """The unit's instances; and, for a phase alone, one of the other that takes no time.
+
+        Args:
+            pages: of that one, so many that all prompts of a run find room at once.
+        """
         made: list[Instance] = []
         for group in unit.groups:
             for _ in range(group.instances):
@@ -147,9 +261,9 @@ class Hardware:
                     len(made),
                     role,
                     0,
-                    _ENDLESS,
+                    pages,
                     PAGE_SIZE,
-                    slots=_ENDLESS if role is Role.DECODE else 0,
+                    slots=1 if role is Role.DECODE else 0,  # requests are over with their first token
                     max_step_tokens=_ENDLESS,
                     max_step_sequences=_ENDLESS,
                     saturation_tokens=_ENDLESS,
@@ -189,9 +303,13 @@ class Hardware:
         steps: dict[int, StepTime] = {one.id: Instant() for one in instances}
         steps |= {one.id: self.step_time(group) for one, group in zip(instances, groups, strict=False)}
         gpus = {one.id: group.shape.gpus for one, group in zip(instances, groups, strict=False)}
-        nodes = {one.id: int(unit.kv_crosses_nodes and one.role is Role.DECODE) for one in instances}
         free = Links(bytes_per_s=1e18, network_bytes_per_s=1e18, latency_s=0.0)
-        return self.placed(steps, gpus, nodes, None if len(phases) > 1 else free)
+        return self.placed(steps, gpus, self._nodes(unit), None if len(phases) > 1 else free)
+
+    def _nodes(self, unit: Unit) -> dict[int, int] | None:
+        """The node that each instance's KV leaves or enters: that of its first stage. None: it never leaves a node."""
+        places = located(self.plan, unit) if unit.kv_crosses_nodes else None
+        return None if places is None else {id: stages[0] for id, stages in enumerate(places)}
 
     def delay_s(self, policy: str) -> float:
         """From a request's arrival until the scheduler hears of it."""
@@ -205,10 +323,9 @@ class Hardware:
         links: Links | None = None,
     ) -> PlacedLatency:
         """Instances with these step times and GPUs, joined by the plan's links."""
-        overhead_s = max(profile.host_overhead_s for profile in self._profiles.values())
         page_bytes = PAGE_SIZE * self.arch.kv_bytes_per_token(self.plan.dtype)
         return PlacedLatency(
-            steps, links or self._links(), page_bytes, gpus=gpus, nodes=nodes, host_overhead_s=overhead_s
+            steps, links or self._links(), page_bytes, gpus=gpus, nodes=nodes, host_overhead_s=self.overhead_s
         )
 
     def _links(self) -> Links:
@@ -220,6 +337,14 @@ class Hardware:
             network_bytes_per_s=self.plan.cluster.network_gbits * 1e9 / 8,
             host_bytes_per_s=device.pcie_bytes_per_s,
         )
+
+    def copy_s(self, unit: Unit, tokens: np.ndarray) -> np.ndarray:
+        """Seconds of a hand-over of so many tokens that waits for no other."""
+        links, per_token = self._links(), self.arch.kv_bytes_per_token(self.plan.dtype)
+        rate = links.network_bytes_per_s
+        if not unit.kv_crosses_nodes:
+            rate = links.bytes_per_s * min(group.shape.gpus for group in unit.groups)
+        return links.latency_s + tokens * (per_token / rate)
 
     def kv_transfer_s(self, tokens: float) -> float:
         """Seconds that the KV of a prompt takes over the network."""

@@ -55,6 +55,11 @@ class Unit:
     def gpus(self) -> int:
         return sum(group.gpus for group in self.groups)
 
+    @property
+    def gpus_per_node(self) -> int:
+        """Of a unit whose instances are cut into segments of equal size."""
+        return self.gpus // self.segments
+
     def group(self, role: Role) -> Group | None:
         return next((group for group in self.groups if group.role is role), None)
 
@@ -79,6 +84,65 @@ def _splits(arch: Architecture, tp: int) -> bool:
     except ValueError:
         return False
     return True
+
+
+def split_by_kind(plan: PlanConfig) -> bool:
+    """Whether decode instances have nodes of their own, of another kind of GPU."""
+    return plan.cluster.decode_gpu not in ("", plan.cluster.gpu)
+
+
+def nodes_for(plan: PlanConfig, role: Role) -> int:
+    """Nodes that instances of this role can be on."""
+    if role is Role.DECODE and split_by_kind(plan):
+        return plan.cluster.decode_nodes or plan.cluster.nodes
+    return plan.cluster.nodes
+
+
+def located(plan: PlanConfig, unit: Unit, copies: int = 1) -> list[list[int]] | None:
+    """On which nodes the stages of each instance are, by instance in the unit's order; None: there are too few.
+
+    The GPUs of a stage share a node, and nothing else has to: stages are put, the widest first, where they fit first.
+    Nodes are counted through, those of prefill first where decode instances have nodes of their own.
+    """
+    per_node = plan.cluster.gpus_per_node
+    first_of = dict.fromkeys(Role, 0)
+    free = [per_node] * plan.cluster.nodes
+    if split_by_kind(plan):
+        first_of[Role.DECODE] = len(free)
+        free += [per_node] * nodes_for(plan, Role.DECODE)
+    instances = [group for _ in range(copies) for group in unit.groups for _ in range(group.instances)]
+    places: list[list[int]] = [[] for _ in instances]
+    for index in sorted(range(len(instances)), key=lambda index: -instances[index].shape.tp):
+        group = instances[index]
+        first = first_of[group.role]
+        nodes = range(first, first + nodes_for(plan, group.role))
+        for _ in range(group.shape.pp):
+            node = next((node for node in nodes if free[node] >= group.shape.tp), None)
+            if node is None:
+                return None
+            free[node] -= group.shape.tp
+            places[index].append(node)
+    return places
+
+
+def most_copies(plan: PlanConfig, unit: Unit) -> int:
+    """How many such units the cluster has room for.
+
+    A unit whose KV stays on the links inside nodes is kept together: one segment of it on each of its nodes (Algorithm
+    2: nodes // segments times as many as one node has room for). A lone instance may go over nodes between its stages.
+    """
+    cluster = plan.cluster
+    lone = len(unit.groups) == 1 and unit.groups[0].instances == 1
+    if not lone and not unit.kv_crosses_nodes:
+        return cluster.nodes // unit.segments * (cluster.gpus_per_node // unit.gpus_per_node)
+    if lone:
+        shape = unit.groups[0].shape
+        return nodes_for(plan, unit.groups[0].role) * (cluster.gpus_per_node // shape.tp) // shape.pp
+    copies = sum(nodes_for(plan, role) for role in dict.fromkeys(group.role for group in unit.groups))
+    copies = copies * cluster.gpus_per_node // unit.gpus
+    while copies and located(plan, unit, copies) is None:
+        copies -= 1
+    return copies
 
 
 def colocated_units(arch: Architecture, plan: PlanConfig) -> list[Unit]:
@@ -113,12 +177,17 @@ def _pairs(inside: list[Shape], gpus: int) -> Iterator[tuple[Shape, Shape]]:
                 yield prefill, decode
 
 
-def multiplexed_units(arch: Architecture, plan: PlanConfig) -> list[Unit]:
-    """Tropical: a node of equal workers, some of which only prefill; every shape and every split."""
+def multiplexed_units(arch: Architecture, plan: PlanConfig, policy: str) -> list[Unit]:
+    """Tropical: a node of equal workers, some of which only prefill; every shape and every split.
+
+    Under `deflected` all of them may be mixed: its chunks are small enough for that.
+    """
     per_node = plan.cluster.gpus_per_node
     units = []
     for shape in shapes(arch, plan, per_node):
         workers = per_node // shape.gpus
+        if policy == "deflected":
+            units.append(Unit((Group(Role.MIXED, shape, workers),)))
         for prefill in range(1, workers):
             units.append(Unit((Group(Role.PREFILL, shape, prefill), Group(Role.MIXED, shape, workers - prefill))))
     for first, second in _pairs(shapes(arch, plan, per_node), per_node):

@@ -1,63 +1,53 @@
 """The placement search: which instances, of which parallelism, serve the most requests per GPU inside their targets.
 
-* high node affinity (DistServe, Algorithm 1): each phase is placed alone, then replicated to match the other;
+* high node affinity (DistServe, Algorithm 1): each phase is placed alone, then both are combined and tried together;
 * low node affinity (Algorithm 2): pairs that share nodes are tried together;
 * vLLM++: colocated instances of every parallelism;
 * multiplexed, deflected: nodes of workers, some of which only prefill.
 
-Candidates are looked at in the order of a bound on what they could reach, several at a time. One that cannot pass at
-the rate of the best so far is dropped after at most one simulation.
+Candidates race: bounds and sketches put them into an order, several are simulated at a time, and one that cannot pass
+at the rate of the best so far is dropped after at most one trial. Goodputs are found coarsely first; only those that
+end up in the best cell of rates are told apart.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field, replace
-from multiprocessing import get_context
-from typing import NoReturn
+from dataclasses import dataclass, field
 
 from ds_jax.architecture import Architecture
-from ds_jax.placement.bounds import Bound, Obstacle, bound
+from ds_jax.placement.bounds import Bound, bound
 from ds_jax.placement.cache import GoodputCache
-from ds_jax.placement.goodput import Goodput, fine_rates, goodput, published_rates
+from ds_jax.placement.combining import combinations
 from ds_jax.placement.hardware import Hardware
-from ds_jax.placement.layouts import Group, Unit, colocated_units, multiplexed_units, paired_units, shapes
-from ds_jax.placement.trial import BOTH, Outcome, Requests, Trials
+from ds_jax.placement.layouts import (
+    Group,
+    Shape,
+    Unit,
+    colocated_units,
+    most_copies,
+    multiplexed_units,
+    nodes_for,
+    paired_units,
+    shapes,
+    split_by_kind,
+)
+from ds_jax.placement.race import Candidate, Judged, Pool, Race, find_goodput
+from ds_jax.placement.refusal import why_infeasible
+from ds_jax.placement.sketch import MARGIN, Sketches
+from ds_jax.placement.trial import BOTH, Outcome, Requests, Trials, Until
 from ds_jax.plan import PlanConfig
 from ds_jax.protocol import Role
 
-MOST_REPLICAS = 8
-"""Most instances of one phase in a unit when no rate says how many there must be."""
+__all__ = ["Candidate", "Found", "Infeasible", "Judged", "Placement", "PlacementSearch", "find_goodput"]
 
-HIGHEST_RATE = 1000.0
-"""Requests/s/GPU beyond which nobody looks."""
+TOGETHER = 24
+"""So many combinations, the best by their phases alone, are tried whole."""
 
 Progress = Callable[[int, int, str], None]
 """Called with (candidates done, candidates in all, what is being looked at)."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A unit under a policy, or one phase of it alone."""
-
-    unit: Unit
-    policy: str
-    phases: tuple[Role, ...] = BOTH
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What the search knows of a candidate."""
-
-    candidate: Candidate
-    bound: Bound
-    goodput: Goodput | None
-    """None: ruled out by its bound, without a simulation."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +60,7 @@ class Placement:
     goodput_per_gpu: float
     """Requests/s/GPU inside the targets."""
     outcome: Outcome | None = None
-    """The trial at that rate."""
+    """The trial at that rate, or at the last of the grid before it."""
 
     @property
     def gpus(self) -> int:
@@ -91,6 +81,8 @@ class Found:
     judged: tuple[Judged, ...]
     search_s: float
     extrapolated: bool
+    cached: bool = False
+    """Some goodputs were known from an earlier search: then `search_s` is not the time that a search takes."""
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -123,20 +115,25 @@ class PlacementSearch:
         self.hardware = Hardware(plan, arch)
         self.requests = requests or Requests(plan)
         self.trials = Trials(plan, self.hardware, self.requests)
-        self.cache = GoodputCache(plan, self.hardware)
+        self.sketches = Sketches(plan, self.hardware, self.requests)
+        self.cache = GoodputCache(plan, self.hardware, self.requests)
+        self.judged: list[Judged] = []
         self._progress = progress
         self._done = self._total = 0
-        self._pool: ProcessPoolExecutor | None = None
-        self._workers = plan.search.workers or os.cpu_count() or 1
-        self.judged: list[Judged] = []
+        self._pool: Pool | None = None
 
     def __enter__(self) -> PlacementSearch:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool.close()
             self._pool = None
+
+    @property
+    def cached(self) -> bool:
+        """Whether some goodputs were known from an earlier search."""
+        return any(one.goodput is not None and one.goodput.cached for one in self.judged)
 
     def find(self, beside: Iterable[str] = ("colocated",)) -> Found:
         """The best placement of the plan's policy and, beside it, of other policies.
@@ -162,6 +159,7 @@ class PlacementSearch:
             tuple(self.judged),
             time.perf_counter() - begin,
             self.hardware.extrapolated,
+            self.cached,
             notes + tuple(self.hardware.notes()),
         )
 
@@ -170,67 +168,58 @@ class PlacementSearch:
         arch, plan = self.hardware.arch, self.plan
         if policy == "disaggregated" and plan.affinity == "high":
             return self._place_phases()
+        if policy == "disaggregated" and split_by_kind(plan):
+            raise Infeasible(
+                "disaggregated: affinity = low puts both phases on the same nodes, but cluster.decode_gpu = "
+                f"{plan.cluster.decode_gpu} has nodes of its own; it must be high"
+            )
         if policy == "disaggregated":
             units = paired_units(arch, plan)
         elif policy in ("colocated", "chunked"):
             units = colocated_units(arch, plan)
         else:
-            units = multiplexed_units(arch, plan)
-        best = self._best([Candidate(unit, policy) for unit in units], policy)
-        return self._replicated(policy, best.candidate.unit, best.goodput.per_gpu if best.goodput else 0.0)
+            units = multiplexed_units(arch, plan, policy)
+        return self._replicated(policy, self._best([Candidate(unit, policy) for unit in units], policy))
 
     # --- Algorithm 1 --------------------------------------------------------------------------------------------------
 
     def _place_phases(self) -> Placement:
-        """Each phase alone, then as many instances of each as balance; last, the whole unit is simulated."""
-        plan = self.plan
-        gpus = plan.cluster.nodes * plan.cluster.gpus_per_node
-        best = {}
-        for role in BOTH:
-            units = [Unit((Group(role, shape),)) for shape in shapes(self.hardware.arch, plan, gpus - 1)]
-            found = self._best([Candidate(unit, "disaggregated", (role,)) for unit in units], f"{role} alone")
-            assert found.goodput is not None
-            best[role] = (found.candidate.unit.groups[0], found.goodput.per_gpu * found.candidate.unit.gpus)
-        (prefill, prefill_rate), (decode, decode_rate) = best[Role.PREFILL], best[Role.DECODE]
-        counts = self._balance(prefill.gpus, prefill_rate, decode.gpus, decode_rate, gpus)
-        unit = Unit(
-            (replace(prefill, instances=counts[0]), replace(decode, instances=counts[1])),
-            kv_crosses_nodes=prefill.gpus * counts[0] + decode.gpus * counts[1] > plan.cluster.gpus_per_node,
-        )
-        (judged,) = self.judge([Candidate(unit, "disaggregated")], "both phases together")
-        if judged.goodput is None or not judged.goodput.per_gpu:
-            self._refuse([judged], "disaggregated")
-        assert judged.goodput is not None
-        return self._replicated("disaggregated", unit, judged.goodput.per_gpu)
+        """Each phase alone, coarsely; then the combinations that promise most are tried whole.
 
-    def _balance(self, gpus_p: int, rate_p: float, gpus_d: int, rate_d: float, gpus: int) -> tuple[int, int]:
-        """How many prefill and decode instances: for the plan's rate, or the best ratio that the cluster has room for.
-
-        Raises:
-            Infeasible: the cluster is too small.
+        A phase that keeps its target for 90 % of the requests does not make both do so together, and what is best alone
+        may not leave room for the other: so more than one shape of each is combined. Since only their order matters
+        here, sketches are enough for the phases (without pruning they are simulated).
         """
-        wanted = self.plan.workload.rate
-        if wanted:
-            counts = math.ceil(wanted / rate_p), math.ceil(wanted / rate_d)
-        else:
-            options = [
-                (n, m)
-                for n in range(1, MOST_REPLICAS + 1)
-                for m in range(1, MOST_REPLICAS + 1)
-                if n * gpus_p + m * gpus_d <= gpus
+        plan = self.plan
+        options: dict[Role, list[tuple[Shape, float]]] = {}
+        for role in BOTH:
+            most = nodes_for(plan, role) * plan.cluster.gpus_per_node - (not split_by_kind(plan))
+            units = [Unit((Group(role, shape),)) for shape in shapes(self.hardware.arch, plan, most)]
+            candidates = [Candidate(unit, "disaggregated", (role,)) for unit in units]
+            judged = self._judge_alone(candidates, f"{role} alone")
+            options[role] = [
+                (one.candidate.unit.groups[0].shape, one.goodput.per_gpu * one.candidate.unit.gpus)
+                for one in judged
+                if one.goodput is not None and one.goodput.per_gpu > 0
             ]
-            if not options:
-                raise Infeasible(
-                    f"cluster.nodes x cluster.gpus_per_node = {gpus} GPUs are too few: the best prefill instance takes "
-                    f"{gpus_p} and the best decode instance {gpus_d}"
-                )
-            counts = max(
-                options,
-                key=lambda c: (
-                    round(min(c[0] * rate_p, c[1] * rate_d) / (c[0] * gpus_p + c[1] * gpus_d), 6), -c[0] - c[1],
-                ),
-            )  # fmt: skip
-        return counts
+            if not options[role]:
+                raise Infeasible(why_infeasible(self, judged, "disaggregated"))
+        wanted = plan.workload.rate
+        if wanted:
+            units = list(combinations(plan, options[Role.PREFILL], options[Role.DECODE], wanted))
+            enough = self._first_to_serve(units, wanted)
+            if enough is not None:
+                return self._replicated("disaggregated", enough)
+        units = list(combinations(plan, options[Role.PREFILL], options[Role.DECODE], 0.0))[:TOGETHER]
+        if not units:
+            smallest = [min(shape.gpus for shape, _ in options[role]) for role in BOTH]
+            raise Infeasible(
+                f"cluster.nodes x cluster.gpus_per_node = {plan.cluster.nodes} x {plan.cluster.gpus_per_node} GPUs are "
+                f"too few: the smallest prefill instance takes {smallest[0]} and the smallest decode instance "
+                f"{smallest[1]}"
+            )
+        candidates = [Candidate(unit, "disaggregated") for unit in units]
+        return self._replicated("disaggregated", self._best(candidates, "both phases together"))
 
     # --- judging ------------------------------------------------------------------------------------------------------
 
@@ -238,152 +227,80 @@ class PlacementSearch:
         judged = self.judge(candidates, what)
         winners = [one for one in judged if one.goodput is not None and one.goodput.per_gpu > 0]
         if not winners:
-            self._refuse(judged, what)
+            raise Infeasible(why_infeasible(self, judged, candidates[0].policy if candidates else what))
         return min(winners, key=_rank)
 
-    def judge(self, candidates: Sequence[Candidate], what: str, *, within: float = 1.0) -> list[Judged]:
+    def judge(
+        self, candidates: Sequence[Candidate], what: str, *, within: float = 1.0, exact: bool = True
+    ) -> list[Judged]:
         """Every candidate's goodput, or that it is below the best one's; in the order given.
 
         Args:
             within: find the goodput of those too that reach this share of the best one's.
+            exact: otherwise goodputs are found in larger steps of the rate, and not interpolated.
         """
-        bounds = [self._bound(candidate) for candidate in candidates]
-        self._total += len(candidates)
-        judged: dict[int, Judged] = {}
-        order = sorted(range(len(candidates)), key=lambda index: -bounds[index].per_gpu)
-        queue = [index for index in order if bounds[index].per_gpu > 0]
-        for index in order:
-            if bounds[index].per_gpu <= 0:
-                judged[index] = Judged(candidates[index], bounds[index], None)
-        prune = self.plan.search.prune
-        best: tuple[float, int, int] | None = None
-        flying: dict[Future[Goodput], int] = {}
-        self._tell(len(judged), what)
-        while queue or flying:
-            while queue and len(flying) < self._workers:
-                index = queue.pop(0)
-                beat = -best[0] * within if best is not None and prune else 0.0
-                if prune and bounds[index].per_gpu < beat:
-                    judged[index] = Judged(candidates[index], bounds[index], None)
-                    self._tell(1, what)
-                    continue
-                known = self.cache.get(candidates[index])
-                highest = bounds[index].per_gpu if prune else None
-                if known is not None:
-                    future: Future[Goodput] = Future()
-                    future.set_result(known)
-                elif len(candidates) == 1 or self._workers == 1:
-                    future = Future()
-                    future.set_result(find_goodput(self.trials, candidates[index], beat, highest))
-                else:
-                    future = self._submit(candidates[index], beat, highest)
-                flying[future] = index
-            done, _ = wait(flying, return_when=FIRST_COMPLETED)
-            for future in done:
-                index = flying.pop(future)
-                result = future.result()
-                self.cache.put(candidates[index], result)
-                judged[index] = Judged(candidates[index], bounds[index], result)
-                if result.per_gpu > 0:
-                    rank = (-result.per_gpu, candidates[index].unit.gpus, index)
-                    best = rank if best is None else min(best, rank)
-                self._tell(1, what)
-        everything = [judged[index] for index in range(len(candidates))]
-        self.judged += everything
-        return everything
+        judged = self._race(candidates, what, within, exact).run()
+        self.judged += judged
+        return judged
 
-    def _bound(self, candidate: Candidate) -> Bound:
-        return bound(candidate.unit, self.plan, self.hardware, self.requests, candidate.phases)
+    def _judge_alone(self, candidates: Sequence[Candidate], what: str) -> list[Judged]:
+        if not self.plan.search.prune:
+            return self.judge(candidates, what, exact=False)
+        judged = self._race(candidates, what, 0.0, False).sketched()
+        self.judged += judged
+        return judged
 
-    def _submit(self, candidate: Candidate, beat: float, highest: float | None) -> Future[Goodput]:
+    def _race(self, candidates: Sequence[Candidate], what: str, within: float, exact: bool) -> Race:
         if self._pool is None:
-            # Workers that are forked have all that this process has read; with jax loaded that would not be safe.
-            method = "fork" if sys.platform == "linux" and "jax" not in sys.modules else "spawn"
-            self._pool = ProcessPoolExecutor(
-                self._workers, get_context(method), initializer=_remember, initargs=(self.trials,)
-            )
-        return self._pool.submit(_find_goodput, candidate, beat, highest)
+            self._pool = Pool(self.trials, self.sketches, self.plan.search.workers)
+        return Race(self, self._pool, candidates, within, exact, lambda done, more: self._tell(done, more, what))
 
-    def _tell(self, more: int, what: str) -> None:
-        self._done += more
+    def _first_to_serve(self, units: Sequence[Unit], wanted: float) -> Judged | None:
+        """The first of these units that serves so many requests/s, and its goodput; None: none does."""
+        tried = 0
+        for unit in units:
+            if self.bound(Candidate(unit, "disaggregated")).per_gpu * unit.gpus < wanted:
+                continue
+            if not self.sketches.run(unit, "disaggregated", wanted / MARGIN).passed:
+                continue
+            tried += 1
+            if self.trials.run(unit, "disaggregated", wanted, until=Until.DECIDED).passed:
+                (judged,) = self.judge([Candidate(unit, "disaggregated")], "both phases together")
+                return judged if judged.goodput is not None and judged.goodput.per_gpu > 0 else None
+            if tried == TOGETHER:
+                break
+        return None
+
+    def bound(self, candidate: Candidate) -> Bound:
+        """A rate that the candidate cannot pass."""
+        return bound(candidate.unit, self.plan, self.hardware, self.requests, candidate.phases, policy=candidate.policy)
+
+    def _tell(self, done: int, more: int, what: str) -> None:
+        self._done += done
+        self._total += more
         if self._progress is not None:
             self._progress(self._done, self._total, what)
 
     # --- the answer ---------------------------------------------------------------------------------------------------
 
-    def _replicated(self, policy: str, unit: Unit, per_gpu: float) -> Placement:
-        """As many units as the plan's rate asks for, or as the cluster holds."""
-        gpus = self.plan.cluster.nodes * self.plan.cluster.gpus_per_node
-        wanted = self.plan.workload.rate
-        replicas = max(1, math.ceil(wanted / (per_gpu * unit.gpus) - 1e-9)) if wanted else max(1, gpus // unit.gpus)
-        if replicas * unit.gpus > gpus:
+    def _replicated(self, policy: str, judged: Judged) -> Placement:
+        """As many units as the plan's rate asks for, or as the cluster has room for."""
+        cluster, unit, wanted = self.plan.cluster, judged.candidate.unit, self.plan.workload.rate
+        assert judged.goodput is not None
+        per_gpu = judged.goodput.per_gpu
+        most = most_copies(self.plan, unit)
+        replicas = max(1, math.ceil(wanted / (per_gpu * unit.gpus) - 1e-9)) if wanted else most
+        if replicas > most:
             raise Infeasible(
-                f"workload.rate = {wanted:g} requests/s needs {replicas * unit.gpus} GPUs under policy {policy}; "
-                f"cluster.nodes x cluster.gpus_per_node is {gpus}, which serve at most {per_gpu * gpus:.3g} requests/s"
+                f"workload.rate = {wanted:g} requests/s needs {replicas * unit.gpus} GPUs under policy {policy}, "
+                f"{replicas} units of {unit.gpus}; cluster.nodes x cluster.gpus_per_node is {cluster.nodes} x "
+                f"{cluster.gpus_per_node}, which has room for {most} and serves at most "
+                f"{per_gpu * unit.gpus * most:.3g} requests/s"
             )
-        outcome = self.trials.run(unit, policy, per_gpu * unit.gpus, cut=False)
+        outcome = judged.goodput.outcome
+        if outcome is None:
+            outcome = self.trials.run(unit, policy, per_gpu * unit.gpus, until=Until.END)
         return Placement(policy, unit, replicas, per_gpu, outcome)
-
-    def _refuse(self, judged: Sequence[Judged], what: str) -> NoReturn:
-        raise Infeasible(why_infeasible(self.plan, judged, what))
-
-
-def why_infeasible(plan: PlanConfig, judged: Sequence[Judged], what: str) -> str:
-    """Which limit rules all candidates out, and the nearest value of it that would not."""
-    if not judged:
-        return f"{what}: the cluster has too few GPUs for any placement of this kind"
-    obstacles = [one.bound for one in judged if one.bound.obstacle is not None]
-    by_kind = {kind: [one.nearest for one in obstacles if one.obstacle is kind] for kind in Obstacle}
-    if len(by_kind[Obstacle.MEMORY]) == len(judged):
-        return (
-            f"{what}: memory rules everything out: weights and the KV of the longest request need an instance of at "
-            f"least {min(by_kind[Obstacle.MEMORY]):.0f} GPUs"
-        )
-    for kind, field_name, unit in (
-        (Obstacle.TTFT, "slo.ttft_s", "s, the unloaded prefill of the fastest instance"),
-        (Obstacle.TPOT, "slo.tpot_s", "s, an unloaded decode step of the fastest instance"),
-        (Obstacle.BANDWIDTH, "cluster.network_gbits", "Gbit/s"),
-    ):
-        if by_kind[kind] and len(obstacles) == len(judged):
-            given = {
-                Obstacle.TTFT: plan.slo.ttft_s,
-                Obstacle.TPOT: plan.slo.tpot_s,
-                Obstacle.BANDWIDTH: plan.cluster.network_gbits,
-            }[kind]
-            nearest = min(by_kind[kind])
-            return (
-                f"{what}: {field_name} = {given:g} rules everything out that fits: it must be at least "
-                f"{math.ceil(nearest * 1e4) / 1e4:g} {unit} ({100 * (nearest / given - 1):.0f} % more)"
-            )
-    return f"{what}: no candidate meets both targets for {100 * plan.search.attainment:g} % of requests at any rate"
-
-
-def find_goodput(trials: Trials, candidate: Candidate, beat: float, highest: float | None) -> Goodput:
-    """The candidate's goodput by the plan's rule."""
-    search = trials.plan.search
-    gpus = candidate.unit.gpus
-
-    def trial(per_gpu: float) -> Outcome:
-        return trials.run(candidate.unit, candidate.policy, per_gpu * gpus, candidate.phases)
-
-    if search.rule == "published":
-        return goodput(trial, published_rates(), beat=beat, highest=highest)
-    rates = fine_rates(min(highest or HIGHEST_RATE, HIGHEST_RATE), search.precision)
-    return goodput(trial, rates, beat=beat, highest=highest, share=search.attainment)
-
-
-_trials: Trials | None = None
-"""What a worker process was given."""
-
-
-def _remember(trials: Trials) -> None:
-    global _trials
-    _trials = trials
-
-
-def _find_goodput(candidate: Candidate, beat: float, highest: float | None) -> Goodput:
-    assert _trials is not None
-    return find_goodput(_trials, candidate, beat, highest)
 
 
 def _rank(judged: Judged) -> tuple[float, int]:
