@@ -71,6 +71,8 @@ class Outcome:
     figures: tuple[Path, ...] = ()
     quick: bool = False
     """Made with tiny sizes, now or earlier."""
+    cpu_s: float | None = None
+    """Processor seconds that it took."""
     arguments: tuple[str, ...] = ()
     """Flags that it was run with."""
 
@@ -139,8 +141,9 @@ def _section(one: Outcome) -> str:
     if one.quick:
         parts.append('<p class="failed">made with --quick: tiny sizes, the numbers mean nothing</p>\n')
     if one.seconds is not None:
+        cpu = "" if one.cpu_s is None else f", {one.cpu_s:.0f} of processor time"
         flags = html.escape(" ".join(("", *one.arguments)))
-        parts.append(f'<p class="dim">experiments.{one.experiment.module}{flags}: {one.seconds:.0f} s</p>\n')
+        parts.append(f'<p class="dim">experiments.{one.experiment.module}{flags}: {one.seconds:.0f} s{cpu}</p>\n')
     if requests := one.summary.get("requests"):
         told = ", ".join(f"{count} by the {rule} rule" for rule, count in requests.items())
         if "search_requests" in one.summary:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -89,7 +90,7 @@ def attempt(experiment: Experiment, folder: Path, quick: bool, limit_s: float) -
     ]  # fmt: skip
     for old in (place / RECORD, *place.glob("*.svg")):  # what an earlier run left is not this one's
         old.unlink(missing_ok=True)
-    begin = time.perf_counter()
+    begin, busy_s = time.perf_counter(), _busy_s()
     # A session of its own: when it is stopped, so are the processes that it started.
     process = subprocess.Popen(
         command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -107,9 +108,21 @@ def attempt(experiment: Experiment, folder: Path, quick: bool, limit_s: float) -
         lines = [line for line in told.replace("\r", "\n").splitlines() if line.strip()]
         error = lines[-1] if lines else f"exit code {process.returncode}"
         return Outcome(experiment, seconds, error, printed, quick=quick, arguments=arguments)
-    record = {"seconds": seconds, "quick": quick, "arguments": arguments, "printed": printed}
+    record = {
+        "seconds": seconds,
+        "cpu_s": _busy_s() - busy_s,
+        "quick": quick,
+        "arguments": arguments,
+        "printed": printed,
+    }
     (place / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return left(experiment, folder)
+
+
+def _busy_s() -> float:
+    """Processor seconds of all experiments up to now: what they take is the same on a machine that others use too."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def left(experiment: Experiment, folder: Path) -> Outcome:
@@ -122,6 +135,7 @@ def left(experiment: Experiment, folder: Path) -> Outcome:
     return Outcome(
         experiment,
         record["seconds"],
+        cpu_s=record["cpu_s"],
         printed=record["printed"],
         summary=summary,
         figures=tuple(sorted(place.glob("*.svg"))),
@@ -168,6 +182,7 @@ def main(argv: list[str]) -> int:
             "experiments": {
                 one.experiment.name: {
                     "seconds": one.seconds,
+                    "cpu_s": one.cpu_s,
                     "failed": one.error,
                     "figures": len(one.figures),
                     "quick": one.quick,
@@ -179,8 +194,9 @@ def main(argv: list[str]) -> int:
             "compared": compared,
         }
     )
-    print(table(["experiment", "seconds", "figures", ""], [
-        [one.experiment.name, one.seconds, str(len(one.figures)), one.error or "quick" * one.quick] for one in outcomes
+    print(table(["experiment", "seconds", "CPU seconds", "figures", ""], [
+        [one.experiment.name, one.seconds, one.cpu_s, str(len(one.figures)), one.error or "quick" * one.quick]
+        for one in outcomes
     ]))  # fmt: skip
     failed = [one.experiment.name for one in outcomes if one.error and one.error != NOT_RUN]
     print(f"{len(compared)} published numbers beside ours, in {seconds:.0f} s" + _told(failed))
