@@ -88,6 +88,7 @@ def main(argv: list[str]) -> None:
         mark = " *" if name in extrapolated else ""
         shown.append([name + mark, rule, system, entry["cluster"], result["requests"], shape, result["goodput_90"],
                       result["goodput_99"], entry["over_vllm"]])  # fmt: skip
+    counts = {rule: plans[_WORKLOADS.value[0], rule, "vLLM"].search.requests for rule in RULES}
     compared = []
     for name in _WORKLOADS.value:
         values = {
@@ -100,14 +101,14 @@ def main(argv: list[str]) -> None:
                 f"{name}: goodput over vLLM (Fig. 11)",
                 "vLLM++ about 1x, DistServe-Low well above, DistServe-High above that",
                 f"{values['published']} (public rules); {values['joint']} (joint). DistServe-High on "
-                f"{high.nodes} x {high.gpus_per_node} GPUs with {high.network_gbits:g} Gbit/s, the others on half",
+                f"{high.nodes} x {high.gpus_per_node} GPUs with {high.network_gbits:g} Gbit/s, the others on half. "
+                f"Runs of {counts['published']} and {counts['joint']} requests, DistServe-High's twice as long",
                 _why(summary[name]),
                 extrapolated=name in extrapolated,
                 assumed=FROM_MEMORY,
             )
         )
     notes = merged([(key[0], note) for key, result in found.items() for note in result["notes"]])
-    counts = {rule: max(plans[key].search.requests for key in plans if key[1] == rule) for rule in RULES}
     output.summary(
         {"extrapolated": extrapolated, "requests": counts, "search_requests": FIND_REQUESTS, "notes": notes,
          "workloads": summary, "compared": rows(compared)}
@@ -145,9 +146,12 @@ def _draw(output: Any, found: dict[tuple[str, str, str], dict[str, Any]], extrap
             panel.set(xlim=(0, 1.6 * (most or 1)), ylim=(0, 103), xlabel="requests/s per GPU")
             panel.set_ylabel("both targets, %" if rule == "joint" else "the worse target, %")
             mark = " (extrapolated)" if name in extrapolated else ""
-            panel.set_title(f"{name}, {'our' if rule == 'joint' else 'public'} rules{mark}", loc="left")
+            count = next(found[key]["requests"] for key in found if key == (name, rule, "vLLM"))
+            told = f"{name}, {'our' if rule == 'joint' else 'public'} rules, {count} requests{mark}"
+            panel.set_title(told, loc="left", fontsize=9)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4)
+    title = "DistServe-High: on twice the GPUs, in runs of twice the requests"
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, title=title)
     output.figure("fig11_ablation", figure)
 
 

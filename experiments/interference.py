@@ -246,6 +246,7 @@ def _draw(output: Any, found: dict[str, dict[str, Any]], slowed: list[dict[str, 
     panels[0].set(ylabel="P90 TTFT, ms")
     panels[1].set(ylabel="P90 TPOT, ms")
     panels[0].set_title("OPT-13B, 512 prompt and 64 output tokens", loc="left")
+    panels[1].set_title(f"{_REQUESTS.value} requests a run", loc="left")
     output.figure("fig1_goodput_of_phases", figure)
 
     figure, (panel,) = axes(width=5.2)

@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
                 f"{one.name}: requests whose KV has moved within 30 ms (Fig. 10)",
                 "> 95 %",
                 f"{100 * within:.1f} % (median {1e3 * summary[one.name]['transfer_p50_s']:.1f} ms, "
-                f"P95 {1e3 * summary[one.name]['transfer_p95_s']:.1f} ms)",
+                f"P95 {1e3 * summary[one.name]['transfer_p95_s']:.1f} ms), {_REQUESTS.value} requests",
                 "Low node affinity: KV takes the links inside a node, at 300 GB/s (NVLink's data sheet) and "
                 "0.5 ms per copy; what a real copy loses to page tables and launches is not in that.",
                 extrapolated=machines.extrapolated,
@@ -119,7 +119,7 @@ def main(argv: list[str]) -> None:
                     "workloads": summary, "compared": rows(compared)})  # fmt: skip
     transfers = {one.name: result["transfers_s"] for one, result in zip(chosen, found, strict=True)}
     _draw(output, summary, transfers, STAGES)
-    print("share of each stage in the mean latency, %; *: extrapolated")
+    print(f"share of each stage in the mean latency, %, in runs of {_REQUESTS.value} requests; *: extrapolated")
     print(table(["workload", "requests/s/GPU", *STAGES], shown))
     for name, entry in summary.items():
         print(
@@ -153,7 +153,7 @@ def _draw(output: Any, summary: dict[str, Any], transfers_s: dict[str, list[floa
         panels[1].plot([1e3 * value for value in times_s], inside, label=name + mark)
     panels[1].axvline(1e3 * PUBLISHED_WITHIN_S, color="#777777", lw=1, ls=":")
     panels[1].set(xscale="log", xlabel="KV transmission, ms (dotted: 30 ms)", ylabel="requests, %", ylim=(0, 102))
-    panels[1].set_title("near the goodput", loc="left")
+    panels[1].set_title(f"near the goodput, {_REQUESTS.value} requests", loc="left")
     panels[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
     output.figure("fig10_latency_breakdown", figure)
 

@@ -83,7 +83,7 @@ def experiments(runs: str | None, mooncake: str | None) -> list[Experiment]:
 
 def attempt(experiment: Experiment, folder: Path, quick: bool, limit_s: float) -> Outcome:
     """Run one experiment to its end, its failure, or its limit."""
-    place = folder / experiment.name
+    place, quick = folder / experiment.name, quick and bool(experiment.quick)
     arguments = (*experiment.arguments, *(experiment.quick if quick else ()))
     command = [
         sys.executable, "-W", "ignore", "-m", f"experiments.{experiment.module}", *arguments, f"--output_dir={place}"
