@@ -10,6 +10,7 @@ published rule, the mean prompt of each draw, and the draw that configs/plan_opt
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -36,7 +37,8 @@ def draw(plan: PlanConfig) -> dict[str, Any]:
     from ds_jax.placement.search import Infeasible, PlacementSearch
     from experiments.systems import hardware
 
-    with PlacementSearch(plan, hardware(plan).arch) as searching:
+    with PlacementSearch(plan, hardware(plan).arch) as searching, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # told as notes
         requests = searching.requests
         try:
             place = searching.place("disaggregated")
@@ -50,13 +52,14 @@ def draw(plan: PlanConfig) -> dict[str, Any]:
         "mean_output_tokens": float(requests.outputs.mean()),
         "unit": str(place.unit),
         "goodput_per_gpu": place.goodput_per_gpu,
+        "notes": list(searching.hardware.notes()),
     }
 
 
 def main(argv: list[str]) -> None:
     """Search every draw, print, plot."""
     from experiments.curves import REQUESTS
-    from experiments.output import Output, table
+    from experiments.output import Output, merged, table
     from experiments.systems import hardware, parallel, refuse
 
     refuse(flags.FLAGS, _REFUSED)
@@ -78,8 +81,11 @@ def main(argv: list[str]) -> None:
         values = [one["goodput_per_gpu"] for one in found if one["rule"] == rule]
         ranges[rule] = [min(values), max(values)]
     extrapolated = hardware(plan).extrapolated
-    output.summary({"extrapolated": extrapolated, "requests": {one["rule"]: one["requests"] for one in found},
-                    "seed_of_the_plan": plan.search.seed, "ranges": ranges, "draws": found})  # fmt: skip
+    notes = merged([(one["rule"], note) for one in found for note in one["notes"]])
+    output.summary(
+        {"extrapolated": extrapolated, "requests": {one["rule"]: one["requests"] for one in found}, "notes": notes,
+         "seed_of_the_plan": plan.search.seed, "ranges": ranges, "draws": found}
+    )  # fmt: skip
     _draw(output, plan, found, extrapolated)
     header = ["rule", "seed", "requests", "mean prompt", "mean output", "requests/s/GPU", "placement"]
     print(table(header, [
@@ -89,6 +95,8 @@ def main(argv: list[str]) -> None:
     ]))  # fmt: skip
     for rule, (low, high) in ranges.items():
         print(f"{rule}: {low:.2f} to {high:.2f} requests/s per GPU over {_SEEDS.value} draws")
+    for note in notes:
+        print(f"note: {note}")
     print(f"written to {output.folder}")
 
 
