@@ -30,6 +30,8 @@ class Comparison:
     extrapolated: bool
     """Whether step times were worked out and not measured."""
     notes: tuple[str, ...] = ()
+    cached: bool = False
+    """Some goodputs were known from an earlier search: the seconds are not those that a search takes."""
 
     @property
     def placement(self) -> Placement | None:
@@ -89,4 +91,5 @@ def compare(search: PlacementSearch, beside: Iterable[str]) -> Comparison:
         seconds,
         search.hardware.extrapolated,
         tuple(notes),
+        search.cached,
     )

@@ -39,6 +39,7 @@ def summary(plan: PlanConfig, found: Comparison) -> dict[str, Any]:
         "configurations": found.configurations(plan.policy),
         "simulated": found.simulated(plan.policy),
         "search_s": found.search_s,
+        "cached": found.cached,
         "beside_s": found.beside_s,
         "best_colocated_goodput_per_gpu": colocated.goodput_per_gpu if colocated else None,
         "best_multiplexed_goodput_per_gpu": max(multiplexed, default=None),
