@@ -199,15 +199,15 @@ def scenarios(setting: Setting, mooncake: str | None) -> dict[str, Scenario]:
     five = "TTFT 5x unloaded prefill, TPOT 0.1 s"
     apart = "chat 0.25/0.1 s, summary 15/0.15 s"
     every = [
-        Scenario("sharegpt", published("sharegpt", chat), "0.25/0.1 s", "", 16.0),
-        Scenario("humaneval", published("humaneval", code), "0.125/0.2 s", workload("humaneval", rate=1).assumed, 64.0),
-        Scenario("longbench", published("longbench", tropical), five, workload("longbench", rate=1).assumed, 8.0),
+        Scenario("sharegpt", published("sharegpt", chat), "0.25/0.1 s", "", 24.0),
+        Scenario("humaneval", published("humaneval", code), "0.125/0.2 s", workload("humaneval", rate=1).assumed, 80.0),
+        Scenario("longbench", published("longbench", tropical), five, workload("longbench", rate=1).assumed, 14.0),
         Scenario("mooncake", trace, five, "", 0.6, PART)
         if mooncake
         else Scenario("mooncake", published("mooncake", tropical), five, workload("mooncake", rate=1).assumed, 0.6),
-        Scenario("bursty", published("sharegpt", slo(2.5, 0.15), cv=4.0), "ShareGPT, cv 4, 2.5/0.15 s", "", 16.0),
-        Scenario("two_classes", classes(()), apart, "70 % ShareGPT, 30 % LongBench; " + LONGBENCH.assumed, 10.0),
-        Scenario("shifting", classes(shift), apart, "shares shift every 20 s; " + LONGBENCH.assumed, 10.0),
+        Scenario("bursty", published("sharegpt", slo(2.5, 0.15), cv=4.0), "ShareGPT, cv 4, 2.5/0.15 s", "", 32.0),
+        Scenario("two_classes", classes(()), apart, "70 % ShareGPT, 30 % LongBench; " + LONGBENCH.assumed, 18.0),
+        Scenario("shifting", classes(shift), apart, "shares shift every 20 s; " + LONGBENCH.assumed, 18.0),
     ]
     return {one.name: one for one in every}
 

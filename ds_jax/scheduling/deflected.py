@@ -8,36 +8,28 @@ that a decode worker can take without missing a token's due time. What is added:
 * A worker pulls the most urgent prompt that can be in time there, and no other: a multiplexing worker looks ahead over
   its next steps, each as long as the decode with the least slack allows.
 * The forecast is put right by the steps themselves, and its scatter is the margin (`prediction.py`).
-* Requests that cannot be in time any more wait behind those that can; with `early_rejection` they are turned away at
-  once, and told when to come back. Decodes that missed their TTFT do not hold prompts back.
+* Requests that are not expected in time wait behind those that are; with `early_rejection` those that can surely not
+  be in time are turned away, and told when to come back.
+* Decodes that missed their TTFT get their SLO_tpot a token, and bank no slack.
 * A worker that stops taking prompts, because its chunks have become small, begins again only when they are twice that.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Sequence as Many
 
 from ds_jax.protocol import Decodes, Prefill
 from ds_jax.scheduling.admission import Line
 from ds_jax.scheduling.multiplexed import place_with_fewest_tokens
+from ds_jax.scheduling.room import FLOOR, SMALLEST_CHUNK, Room
 from ds_jax.scheduling.sequence import Phase, Sequence
-from ds_jax.scheduling.slack import Foresight, SlackPolicy
+from ds_jax.scheduling.slack import SlackPolicy
 from ds_jax.scheduling.worker import Worker
 
-FLOOR = 0.7
-"""A decode that is behind gets at least this share of its SLO_tpot for each token, so that it catches up."""
-FEW = 0.1
-"""Share of a batch, those with the least slack, that may fall behind for a while for the sake of a prompt,"""
-BEHIND = 2.0
-"""by a step of at most so many SLO_tpot."""
 PATIENCE_NS = 10 * 10**9
 """A request without a TTFT target is ranked as if it had this one; it is never given up."""
 LEAST_SHARE = 0.1
 """Of a multiplexing worker, for prompts, however much its decodes take."""
-SMALLEST_CHUNK = 16
-"""Tokens; below, a worker takes no further prompts until a chunk of twice as many is safe."""
 HORIZON = 4
 """Steps that are looked ahead when a prompt is cut into chunks; the rest is taken to go on like the last."""
 
@@ -304,51 +296,3 @@ class Deflected(SlackPolicy):
             self.assign(sequence, worker)
             self.start(worker, sequence)
         return True
-
-
-class Room:
-    """What one step of a lane has for prompts beside its decodes."""
-
-    def __init__(self, foresight: Foresight, lane: int, now_ns: int):
-        self._foresight = foresight
-        self.lane = lane
-        self.forecast, self.account = foresight.forecast, foresight.accounts[lane]
-        self.free_ns = self.forecast.free_ns(now_ns, lane)
-        """When the step begins."""
-        self._admitted: dict[float, bool] = {}
-
-    @functools.cached_property
-    def strict(self) -> float:
-        """Seconds that the step may take for its decodes; inf: nobody minds."""
-        return self._seconds(0.0, 0.0)
-
-    @functools.cached_property
-    def lenient(self) -> float:
-        """The same if a few of them may fall behind."""
-        return max(self.strict, self._seconds(FEW, BEHIND))
-
-    def _seconds(self, few: float, behind: float) -> float:
-        if not self.account.batch:
-            return math.inf
-        return (self.account.lenient_due_ns(self.free_ns, FLOOR, few, behind) - self.free_ns) / 1e9
-
-    def chunk_within(self, seconds: float, start: int, most: int, beside: Many[tuple[int, int]] = ()) -> int:
-        """As `Forecast.chunk_within`, beside the decodes of the lane."""
-        return self.forecast.chunk_within(seconds, start, most, self.account.batch, self.account.context_tokens, beside)
-
-    def admits(self, seconds: float) -> bool:
-        """Whether chunks in a step of so many seconds are large enough to begin another prompt with.
-
-        With hysteresis: where they were not when the worker was planned last, they must be twice as large.
-        """
-        if not self.account.batch:
-            return True
-        if seconds not in self._admitted:
-            enough = SMALLEST_CHUNK if self._foresight.admits else 2 * SMALLEST_CHUNK
-            self._admitted[seconds] = self.chunk_within(seconds, 0, enough) >= enough
-        return self._admitted[seconds]
-
-    def remember(self) -> None:
-        """The step is planned: the next one knows whether there was slack, if that was asked."""
-        if self._admitted:
-            self._foresight.admits = any(self._admitted.values())

@@ -9,7 +9,8 @@ import pytest
 from ds_jax.config import Config, DecodeConfig, MixedConfig, PrefillConfig, SchedulerConfig
 from ds_jax.protocol import NO_TARGET_NS, Request, Role, Slo
 from ds_jax.scheduling.admission import Line
-from ds_jax.scheduling.deflected import SMALLEST_CHUNK, Deflected, Room
+from ds_jax.scheduling.deflected import Deflected
+from ds_jax.scheduling.room import SMALLEST_CHUNK, Room
 from ds_jax.scheduling.sequence import Sequence
 from tests.scheduling.foretold import MS, Clocked, WithTargets, fewer, foretell, slo, worker
 from tests.scheduling.machine import conformance
