@@ -27,7 +27,7 @@ Kind = tuple[Role, Shape]
 class ChangeCost:
     """What it takes to change over."""
 
-    search_s: float = 5.0
+    search_s: float = 10.0
     """From the decision to plan until the new plan is known."""
     drain_s: float = 5.0
     """How long an instance that goes may finish what it has; the rest is run again elsewhere."""

@@ -254,14 +254,15 @@ class ShiftTest:
         """Mean and deviation of a quantity's block means.
 
         The deviation is the larger of two estimates: from the blocks (sees bursts longer than a block), and from single
-        requests, cv / sqrt(block) (surer). The mean is itself uncertain, which adds 1 / blocks of the variance.
+        requests, cv / sqrt(block) (surer). The mean is itself uncertain: that adds 1 / blocks of the variance, and so
+        much of a lasting difference, 1 / sqrt(blocks) deviations, is let pass beside the slack.
         """
         means = [mean for _, mean in watch.means]
         count = len(means)
         mean = sum(means) / count
         between = math.sqrt(sum((value - mean) ** 2 for value in means) / (count - 1))
         deviation = max(between, _cv(watch.single) / math.sqrt(self.block), 0.02)
-        return _Cusum(mean, deviation * math.sqrt(1 + 1 / count), self.slack)
+        return _Cusum(mean, deviation * math.sqrt(1 + 1 / count), self.slack + 1 / math.sqrt(count))
 
     def _tell(self, loudest: _Watch, at_ns: int) -> Shift | None:
         begin = loudest.change()
