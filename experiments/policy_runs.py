@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 from ds_jax.architecture import Architecture
 from ds_jax.attainment import Attainment, goodput
-from ds_jax.config import SchedulerConfig
+from ds_jax.config import FORETELLING, SchedulerConfig
 from ds_jax.latency import FittedStepTime, LatencyProfile, wrong_by
 from ds_jax.latency.gpus import gpu
 from ds_jax.latency.roofline import roofline
@@ -50,7 +50,11 @@ TTFT_FACTOR = 5
 """Tropical's target of the first token: so many times the unloaded prefill."""
 
 MOST_PILING = 0.05
-"""Share of the arrivals that may surely pile up in a run that passes; of a minute's run, start-up alone is 1 or 2 %."""
+"""Share of the arrivals that may surely pile up in a run that passes; of a minute's run, start-up alone is 1 or 2 %,"""
+LONG_ENOUGH_S = 60.0
+"""and in one of fewer seconds it cannot be told from a queue that grows."""
+KEPT = 6
+"""Candidates that go on when rates with and without one that passes are known."""
 
 INTERNLM_20B = Architecture(
     family="internlm2",
@@ -322,6 +326,7 @@ class Bench:
 
     def outcome(self, candidate: Candidate, rate: float, length_s: float, seed: int, error: float) -> Outcome:
         """Of this run, done now or before."""
+        error = error if candidate.policy in FORETELLING else 0.0
         count = requests(rate, length_s, self.scenario.most)
         key = f"{candidate.policy}: {candidate} at {rate!r}, {count} requests, seed {seed}, error {error}"
         if key not in self._known:
@@ -354,7 +359,7 @@ def tune(bench: Bench, policy: str, *, length_s: float, seed: int, share: float,
     """The candidate that passes at the highest rate: bisection over the rate, with those that still pass.
 
     The predictors are exact here; errors are for the reported runs. A run whose queue grows does not pass: a longer one
-    would not have.
+    would not have. Who fails where another passes is out.
     """
     scenario = bench.scenario
     alive = candidates(policy, bench.setting.instances, quick)
@@ -363,22 +368,23 @@ def tune(bench: Bench, policy: str, *, length_s: float, seed: int, share: float,
     rate = scenario.guess
     while not (low and high) or rounds > 0:
         rounds -= bool(low and high)
-        attained = []
+        attained = {}
         for candidate in alive:
             outcome = bench.outcome(candidate, rate, length_s, seed, 0.0)
-            attained.append(outcome.both if outcome.stable else 0.0)
+            passes = outcome.stable or length_s < LONG_ENOUGH_S
+            attained[candidate] = outcome.both if passes else 0.0
         tried += len(alive)
-        passed = [one for one, value in zip(alive, attained, strict=True) if value >= share]
-        top = alive[attained.index(max(attained))]
-        if passed:
-            low, best = rate, top
-            alive = passed
+        alive.sort(key=lambda candidate: -attained[candidate])
+        if attained[alive[0]] >= share:
+            low, best = rate, alive[0]
+            alive = [candidate for candidate in alive if attained[candidate] >= share]
         else:
             high = rate
-            if not low or max(attained) >= share - 0.1:  # a near miss tells more than a rate that all pass
-                best = top
+            if not low or attained[alive[0]] >= share - 0.1:  # a near miss tells more than a rate that all pass
+                best = alive[0]
         if high and low:
             rate = (low * high) ** 0.5
+            alive = alive[:KEPT]
         elif high:
             rate /= 1.6
             if rate < scenario.guess / 100:
