@@ -14,7 +14,7 @@ from enum import StrEnum
 import numpy as np
 
 from ds_jax.placement.hardware import Hardware
-from ds_jax.placement.layouts import Group, Unit
+from ds_jax.placement.layouts import Group, Unit, located
 from ds_jax.placement.trial import BOTH, Requests
 from ds_jax.plan import PlanConfig
 from ds_jax.protocol import Role
@@ -77,6 +77,8 @@ def bound(
         if needed > plan.cluster.network_gbits:
             return Bound(0.0, Obstacle.BANDWIDTH, needed)
     rate = _most_work(prefilling, decoding, hardware, requests, policy)
+    if unit.kv_crosses_nodes and len(phases) > 1:
+        rate = min(rate, _most_copied(unit, plan, hardware, requests))
     # A run can end before a queue that grows for ever is seen to be too long: 1 / rate is the time between departures,
     # and the last of the requests that count may be late by a whole life.
     span_s = plan.slo.ttft_s + plan.slo.tpot_s * float(requests.outputs.mean())
@@ -125,6 +127,21 @@ def _most_work(
     prompt_s = _prefill_work_s(last, hardware, requests, policy)
     beside_s = _riding_work_s(last, hardware, requests, policy) if policy in MIXING else alone_s
     return min(rate, (apart + last.instances / prompt_s) / (1 + beside_s / prompt_s))
+
+
+def _most_copied(unit: Unit, plan: PlanConfig, hardware: Hardware, requests: Requests) -> float:
+    """Requests/s whose KV the nodes of either phase can send or take in, each over one link; inf if a node has both."""
+    places = located(plan, unit)
+    if places is None:
+        return math.inf
+    nodes: dict[Role, set[int]] = {}
+    instances = [group.role for group in unit.groups for _ in range(group.instances)]
+    for role, stages in zip(instances, places, strict=True):
+        nodes.setdefault(role, set()).add(stages[0])
+    ends = list(nodes.values())
+    if set.intersection(*ends):
+        return math.inf
+    return min(map(len, ends)) / hardware.kv_transfer_s(float(requests.prompts.mean()))
 
 
 def _prefill_work_s(group: Group, hardware: Hardware, requests: Requests, policy: str) -> float:

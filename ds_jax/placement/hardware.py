@@ -200,8 +200,7 @@ class Hardware:
         else:
             factor, host = public.prompt_factor, public.host
             prefill = (factor * base, factor * token, factor * square)
-            host_s = min(host.step_s, host.step_s * group.shape.pp)  # of each stage; a saving counts on all of them
-            more = host_s + getattr(public, "decode_base_s", 0.0), host.context_token_s
+            more = host.step_s + public.decode_base_s, host.context_token_s
             each = min(host.sequence_s, host.crowded_sequence_s or host.sequence_s)
             small, large = (
                 (first + more[0], second + more[1], third + each) for first, second, third in (small, large)

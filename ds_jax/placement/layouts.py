@@ -148,7 +148,13 @@ def most_copies(plan: PlanConfig, unit: Unit) -> int:
 def colocated_units(arch: Architecture, plan: PlanConfig) -> list[Unit]:
     """vLLM++: one mixed instance of every shape that the cluster has GPUs for."""
     gpus = plan.cluster.nodes * plan.cluster.gpus_per_node
-    return [Unit((Group(Role.MIXED, shape),)) for shape in shapes(arch, plan, gpus)]
+    return lone_units(arch, plan, Role.MIXED, gpus)
+
+
+def lone_units(arch: Architecture, plan: PlanConfig, role: Role, gpus: int) -> list[Unit]:
+    """One instance of every shape of at most so many GPUs, if each of its stages finds room on a node."""
+    units = [Unit((Group(role, shape),)) for shape in shapes(arch, plan, gpus)]
+    return [unit for unit in units if most_copies(plan, unit)]
 
 
 def paired_units(arch: Architecture, plan: PlanConfig) -> list[Unit]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ds_jax.architecture import Architecture
 from ds_jax.placement.bounds import Bound, bound
@@ -23,15 +23,14 @@ from ds_jax.placement.cache import GoodputCache
 from ds_jax.placement.combining import combinations
 from ds_jax.placement.hardware import Hardware
 from ds_jax.placement.layouts import (
-    Group,
     Shape,
     Unit,
     colocated_units,
+    lone_units,
     most_copies,
     multiplexed_units,
     nodes_for,
     paired_units,
-    shapes,
     split_by_kind,
 )
 from ds_jax.placement.race import Candidate, Judged, Pool, Race, find_goodput
@@ -43,8 +42,8 @@ from ds_jax.protocol import Role
 
 __all__ = ["Candidate", "Found", "Infeasible", "Judged", "Placement", "PlacementSearch", "find_goodput"]
 
-TOGETHER = 24
-"""So many combinations, the best by their phases alone, are tried whole."""
+TOGETHER = 16
+"""So many combinations inside a node, and so many over several, the best by their phases alone, are tried whole."""
 
 Progress = Callable[[int, int, str], None]
 """Called with (candidates done, candidates in all, what is being looked at)."""
@@ -194,7 +193,7 @@ class PlacementSearch:
         options: dict[Role, list[tuple[Shape, float]]] = {}
         for role in BOTH:
             most = nodes_for(plan, role) * plan.cluster.gpus_per_node - (not split_by_kind(plan))
-            units = [Unit((Group(role, shape),)) for shape in shapes(self.hardware.arch, plan, most)]
+            units = lone_units(self.hardware.arch, plan, role, most)
             candidates = [Candidate(unit, "disaggregated", (role,)) for unit in units]
             judged = self._judge_alone(candidates, f"{role} alone")
             options[role] = [
@@ -210,7 +209,7 @@ class PlacementSearch:
             enough = self._first_to_serve(units, wanted)
             if enough is not None:
                 return self._replicated("disaggregated", enough)
-        units = list(combinations(plan, options[Role.PREFILL], options[Role.DECODE], 0.0))[:TOGETHER]
+        units = list(combinations(plan, options[Role.PREFILL], options[Role.DECODE], 0.0))
         if not units:
             smallest = [min(shape.gpus for shape, _ in options[role]) for role in BOTH]
             raise Infeasible(
@@ -218,7 +217,10 @@ class PlacementSearch:
                 f"too few: the smallest prefill instance takes {smallest[0]} and the smallest decode instance "
                 f"{smallest[1]}"
             )
-        candidates = [Candidate(unit, "disaggregated") for unit in units]
+        # As many inside a node as over several: the network may rule all of the latter out.
+        inside = [unit for unit in units if not unit.kv_crosses_nodes][:TOGETHER]
+        across = [unit for unit in units if unit.kv_crosses_nodes][:TOGETHER]
+        candidates = [Candidate(unit, "disaggregated") for unit in (*inside, *across)]
         return self._replicated("disaggregated", self._best(candidates, "both phases together"))
 
     # --- judging ------------------------------------------------------------------------------------------------------
@@ -256,18 +258,21 @@ class PlacementSearch:
         return Race(self, self._pool, candidates, within, exact, lambda done, more: self._tell(done, more, what))
 
     def _first_to_serve(self, units: Sequence[Unit], wanted: float) -> Judged | None:
-        """The first of these units that serves so many requests/s, and its goodput; None: none does."""
-        tried = 0
+        """The first of these units that serves so many requests/s, with its goodput; None: none of those tried does."""
+        sketched = tried = 0
         for unit in units:
-            if self.bound(Candidate(unit, "disaggregated")).per_gpu * unit.gpus < wanted:
+            candidate = Candidate(unit, "disaggregated")
+            if self.bound(candidate).per_gpu * unit.gpus < wanted:
                 continue
-            if not self.sketches.run(unit, "disaggregated", wanted / MARGIN).passed:
-                continue
-            tried += 1
-            if self.trials.run(unit, "disaggregated", wanted, until=Until.DECIDED).passed:
-                (judged,) = self.judge([Candidate(unit, "disaggregated")], "both phases together")
-                return judged if judged.goodput is not None and judged.goodput.per_gpu > 0 else None
-            if tried == TOGETHER:
+            sketched += 1
+            if self.sketches.run(unit, candidate.policy, wanted / MARGIN).passed:
+                tried += 1
+                if self.trials.run(unit, candidate.policy, wanted, until=Until.DECIDED).passed:
+                    (judged,) = self.judge([candidate], "both phases together")
+                    assert judged.goodput is not None
+                    least = max(judged.goodput.per_gpu, wanted / unit.gpus)
+                    return replace(judged, goodput=replace(judged.goodput, per_gpu=least))
+            if tried == TOGETHER or sketched == 8 * TOGETHER:
                 break
         return None
 

@@ -56,9 +56,10 @@ class Sketches:
         scale = self.requests.scale(rate)
         arrivals = [scale * at for at in self._arrivals]
         slo = self.plan.slo
+        luck = [0.0] * len(arrivals)
         late_first, late_rest = [False] * len(arrivals), [False] * len(arrivals)
         if (mixed := unit.group(Role.MIXED)) is not None:
-            firsts, ends = self._shared(mixed, policy, arrivals)
+            firsts, ends, luck = self._shared(mixed, policy, arrivals)
         else:
             firsts = arrivals
             if Role.PREFILL in phases:
@@ -76,7 +77,10 @@ class Sketches:
                 ends = self._decode(group, policy, landed)
         delay_s = self.hardware.delay_s(policy)
         if Role.PREFILL in phases:
-            late_first = [first - at + delay_s > slo.ttft_s for first, at in zip(firsts, arrivals, strict=True)]
+            late_first = [
+                first - at - lucky + delay_s > slo.ttft_s
+                for first, at, lucky in zip(firsts, arrivals, luck, strict=True)
+            ]
         if Role.DECODE in phases:
             late_rest = [
                 end - first > slo.tpot_s * (output - 1)
@@ -127,20 +131,25 @@ class Sketches:
         batch.run_until(math.inf, ends)
         return ends
 
-    def _shared(self, group: Group, policy: str, arrivals: list[float]) -> tuple[list[float], list[float]]:
-        """When each first and each last token is there, of workers where prompts go first."""
+    def _shared(self, group: Group, policy: str, arrivals: list[float]) -> tuple[list[float], list[float], list[float]]:
+        """When each first and each last token is there, of workers where prompts go first.
+
+        And what of its wait for the end of a decode step a request might have been spared if it had come at another
+        moment of that step: to which moment it comes hangs on every step before.
+        """
         pace = self.hardware.pace(group, policy)
         base, work, limit = pace.prefill[0], pace.prompts_s(self.requests.prompts).tolist(), pace.step_tokens
         share = group.shape.pp * group.instances
         prompts, count, most = self._prompts, len(arrivals), pace.step_prompts
         batch = _Batch(pace, group, prompts, self._outputs)
-        firsts, ends = [0.0] * count, [0.0] * count
+        firsts, ends, luck = [0.0] * count, [0.0] * count, [0.0] * count
         index = 0
         while index < count:
+            prefilling_s = batch.at_s
             batch.run_until(arrivals[index], ends)
             if batch.waiting:
                 batch.run_to_room(ends)
-            at = max(batch.at_s, arrivals[index])
+            at = decided_s = max(batch.at_s, arrivals[index])
             tokens, seconds, end = prompts[index], base + work[index], index + 1
             last = min(count, index + most)
             while end < last and arrivals[end] <= at and tokens + prompts[end] <= limit:
@@ -153,11 +162,12 @@ class Sketches:
             batch.at_s = at + seconds / share
             for one in range(index, end):
                 firsts[one] = ends[one] = at + seconds
+                luck[one] = max(0.0, decided_s - max(arrivals[one], prefilling_s))
                 if self._outputs[one] > 1:
                     batch.add(one)
             index = end
         batch.run_until(math.inf, ends)
-        return firsts, ends
+        return firsts, ends, luck
 
 
 class _Batch:
@@ -187,7 +197,8 @@ class _Batch:
             tokens = self._prompts[index]
             if self._ends and (len(self._ends) >= self._slots or self._context + tokens >= self._room):
                 return
-            planned = self._pace.ahead - 1 if self._ends else 0  # the next step has been planned without it
+            # Where its lane is busy the next step has been planned without it.
+            planned = self._pace.ahead - 1 if len(self._ends) >= self._lanes else 0
             heapq.heappush(self._ends, (self._steps + planned + self._outputs[index] - 1, index, planned))
             self._context += tokens
             self._head += 1

@@ -126,7 +126,7 @@ def test_distserves_grid_ends_where_its_bisection_does():
     ("affinity", "rule"), [("low", "joint"), ("high", "joint"), ("low", "published"), ("high", "published")]
 )
 def test_pruning_changes_nothing_but_the_time(rule, affinity):
-    plan = replace(SMALL, affinity=affinity, search=replace(SMALL.search, rule=rule))
+    plan = replace(SMALL, affinity=affinity, search=replace(SMALL.search, rule=rule, requests=25))
     with _search(plan) as search:
         pruned = search.find(beside=())
     with _search(replace(plan, search=replace(plan.search, prune=False))) as search:
