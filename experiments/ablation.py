@@ -48,7 +48,7 @@ def plan_of(evaluation: Any, rule: str, system: str, requests: int) -> Any:
 def main(argv: list[str]) -> None:
     """Search, simulate, compare, draw."""
     from ds_jax.placement.layouts import Shape
-    from experiments.curves import FIND_REQUESTS, find, study
+    from experiments.curves import find, study
     from experiments.output import Output, merged, table
     from experiments.published import FROM_MEMORY, Compared, ratio, rows
     from experiments.systems import EVALUATIONS, System, hardware, mixed, parallel
@@ -110,7 +110,7 @@ def main(argv: list[str]) -> None:
         )
     notes = merged([(key[0], note) for key, result in found.items() for note in result["notes"]])
     output.summary(
-        {"extrapolated": extrapolated, "requests": counts, "search_requests": FIND_REQUESTS, "notes": notes,
+        {"extrapolated": extrapolated, "requests": counts, "notes": notes,
          "workloads": summary, "compared": rows(compared)}
     )  # fmt: skip
     _draw(output, found, extrapolated)

@@ -15,10 +15,8 @@ from experiments.systems import System, hardware, rate_at, serve
 
 REQUESTS = {"joint": 1000, "published": 300}
 """Of one run: to steady state where both targets are asked for together; as the public code's search where not."""
-FIND_REQUESTS = 300
-"""Of one run of the search, by either rule: which placement is best shows before what it is worth does."""
 SHARES = (0.9, 0.99)
-FRACTIONS = (0.6, 1.3, 1.7)
+FRACTIONS = (0.6, 1.4)
 """Rates of the curve beside those that the goodputs needed, in shares of the goodput."""
 SCALES = (0.3, 0.45, 0.6, 0.75, 0.9, 1.0, 1.25, 1.6, 2.0)
 
@@ -35,12 +33,9 @@ class Place:
 
 
 def find(plan: PlanConfig, policy: str) -> Place:
-    """The unit that the search finds by the plan's rule.
-
-    In runs of FIND_REQUESTS at most, to 5 %: what it is worth is found out later, in longer runs.
-    """
-    count = min(plan.search.requests or FIND_REQUESTS, FIND_REQUESTS)
-    search = replace(plan.search, workers=1, requests=count, precision=max(plan.search.precision, 0.05))
+    """The unit that the search finds by the plan's rule and its number of requests, to 5 %: what it is worth is found
+    out when it is served."""
+    search = replace(plan.search, workers=1, precision=max(plan.search.precision, 0.05))
     plan = replace(plan, policy=policy, search=search)
     with PlacementSearch(plan, hardware(plan).arch) as searching, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # whoever serves the unit tells of its ranges
@@ -106,15 +101,14 @@ def tighten(plan: PlanConfig, system: System, rate: float) -> dict[str, Any]:
         slo = replace(plan.slo, ttft_s=scale * plan.slo.ttft_s, tpot_s=scale * plan.slo.tpot_s)
         return serve(replace(plan, slo=slo), system, rate).share(slo)
 
-    if system.foretells:
-        values = [shares(scale) for scale in SCALES]
-    else:
+    if not system.foretells:
         served = serve(plan, system, rate)
         values = [served.share(plan.slo, scale) for scale in SCALES]
         finer = [0.05 * 1.03**step for step in range(160)]
         inside = [scale for scale in finer if served.share(plan.slo, scale) >= SHARES[0]]
-        return {"values": values, "tightest": inside[0] if inside else None}
+        return {"scales": list(SCALES), "values": values, "tightest": inside[0] if inside else None}
+    scales = SCALES[::2]  # each is a run of its own
+    values = [shares(scale) for scale in scales]
     # 1 / scale grows as targets tighten: goodput() interpolates there.
-    tightness, falling = [1 / scale for scale in reversed(SCALES)], list(reversed(values))
-    best = goodput(tightness, falling, SHARES[0])
-    return {"values": values, "tightest": 1 / best if best else None}
+    best = goodput([1 / scale for scale in reversed(scales)], list(reversed(values)), SHARES[0])
+    return {"scales": list(scales), "values": values, "tightest": 1 / best if best else None}

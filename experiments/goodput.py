@@ -12,7 +12,7 @@ Twice, unless --config.search.rule says which: `joint`, where all systems have t
 rules, so that only policies and placements differ, in runs of 1000 requests; and `published`, where DistServe and vLLM
 have the rules, step times and host overheads of their public code, and the P90s of TTFT and TPOT are looked at apart
 over 300 requests, as that code's search does. The placement of DistServe and of vLLM++ is what the search finds under
-the same rule in runs of 300; vLLM and MII have the parallelism that they were started with; those that multiplex have
+the same rule, in runs as long; vLLM and MII have the parallelism that they were started with; those that multiplex have
 DistServe's instances, where the ones that decode take prompts too. A plan that is not the paper's has nothing published
 beside it.
 """
@@ -122,7 +122,6 @@ def _entry(trials: Sequence[Trial]) -> dict[str, Any]:
 
 
 def _summary(cases: Sequence[Case], every: Sequence[Trial], summary: dict[str, Any]) -> dict[str, Any]:
-    from experiments.curves import FIND_REQUESTS
     from experiments.goodput_report import compare
     from experiments.output import merged
     from experiments.published import rows
@@ -137,7 +136,6 @@ def _summary(cases: Sequence[Case], every: Sequence[Trial], summary: dict[str, A
         "goodput_per_gpu": {name: {"90": one["goodput_90"], "99": one["goodput_99"]} for name, one in first.items()},
         "ratios": alone.get(f"ratios_{rules[0]}", {}),
         "requests": {one.rule: one.plan.search.requests for one in every},
-        "search_requests": FIND_REQUESTS,
         "extrapolated": [name for name, entry in summary.items() if entry["extrapolated"]],
         "assumed": [MII_ASSUMED] * mii
         + [f"{name}: {entry['assumed']}" for name, entry in summary.items() if entry["assumed"]],

@@ -172,7 +172,8 @@ def draw(output: Any, summary: Mapping[str, Any], rules: Sequence[str]) -> None:
                 upper.plot([p["rate"] for p in curve], [100 * value for value in key], "o-", ms=2.5, color=colour,
                            label=system)  # fmt: skip
                 if "scale" in one:
-                    lower.plot(SCALES, [100 * value for value in one["scale"]["values"]], "o-", ms=2.5, color=colour)
+                    scale = one["scale"]
+                    lower.plot(scale["scales"], [100 * share for share in scale["values"]], "o-", ms=2.5, color=colour)
             most = max((one["goodput_90"] for one in entry[rule].values()), default=1.0) or 1.0
             upper.set(xlim=(0, 1.5 * most), xlabel="requests/s per GPU", ylim=(0, 103))
             rate = entry[f"rate_of_scales_{rule}"]

@@ -90,7 +90,7 @@ def study(kind: str, rule: str, slo: Any, requests: int) -> dict[str, Any]:
         return float(np.mean(ttft & tpot)), float(np.mean(ttft)), float(np.mean(tpot))
 
     first = PUBLISHED[kind]
-    found = [rate_at(lambda rate, one=one: shares(rate)[one], first=first) for one in range(3)]  # type: ignore[misc]
+    found = [rate_at(lambda rate, one=one: shares(rate)[one], first=first, precision=0.05) for one in range(3)]  # type: ignore[misc]
     rows = []
     for rate in RATES:
         ttft_s, tpot_s = served(rate).percentiles(90)

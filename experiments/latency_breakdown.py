@@ -153,6 +153,8 @@ def _draw(output: Any, summary: dict[str, Any], transfers_s: dict[str, list[floa
         panels[1].plot([1e3 * value for value in times_s], inside, label=name + mark)
     panels[1].axvline(1e3 * PUBLISHED_WITHIN_S, color="#777777", lw=1, ls=":")
     panels[1].set(xscale="log", xlabel="KV transmission, ms (dotted: 30 ms)", ylabel="requests, %", ylim=(0, 102))
+    panels[1].set_xticks([0.5, 1, 3, 10, 30], ["0.5", "1", "3", "10", "30"])
+    panels[1].minorticks_off()
     panels[1].set_title(f"near the goodput, {_REQUESTS.value} requests", loc="left")
     panels[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
     output.figure("fig10_latency_breakdown", figure)

@@ -40,7 +40,7 @@ _SLO_TPOT = flags.DEFINE_float("slo_tpot", 0.1, "Target of the time per output t
 _MODEL = flags.DEFINE_enum(
     "model", "auto", ["auto", "opt-13b", "opt-66b"], "Model of the runs; auto: opt-66b if the folder's name has 66b."
 )
-_REQUESTS = flags.DEFINE_list("requests", ["300", "3000"], "Numbers of requests of the runs for Table 2.")
+_REQUESTS = flags.DEFINE_list("requests", ["300", "1000"], "Numbers of requests of the runs for Table 2.")
 _WORKERS = flags.DEFINE_integer("workers", 0, "Processes for Table 2; 0: one per core.", lower_bound=0)
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for the results.", required=True)
 
@@ -153,7 +153,7 @@ def main(argv: list[str]) -> None:
 
 def _counts(given: list[str]) -> list[int]:
     if not given or not all(one.isdecimal() and int(one) >= 20 for one in given):
-        raise ValueError(f"--requests = {','.join(given)} must be whole numbers of at least 20, such as 300,3000")
+        raise ValueError(f"--requests = {','.join(given)} must be whole numbers of at least 20, such as 300,1000")
     return [int(one) for one in given]
 
 

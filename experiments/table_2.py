@@ -23,8 +23,6 @@ PUBLISHED = {
                       (70.0, 68.9)),
 }  # fmt: skip
 """Percent inside both targets by rate: the paper's simulator, and the real system."""
-COUNTS = (300, 3000)
-"""Requests of a run: of the published runs' length, and to steady state, where there is one."""
 ASSUMED = "Table 2 is taken to be of OPT-13B on ShareGPT with targets of 0.25/0.1 s, its rates per GPU"
 
 
