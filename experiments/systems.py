@@ -308,7 +308,7 @@ def chosen_cases(flag_values: flags.FlagValues) -> list[Case]:
     from ds_jax.knobs import knobs, set_knob
 
     if flag_values["config"].value:
-        plan = load_config(PlanConfig)
+        plan = load_config(PlanConfig, flag_values=flag_values)
         known = next((one for one in EVALUATIONS if one.is_asked_by(plan)), None)
         return [Case(known.name if known else f"{Path(plan.model).name}, {plan.workload.name}", plan, known)]
     cases = []

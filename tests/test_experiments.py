@@ -10,9 +10,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from absl import flags
 
 from ds_jax.config import SloConfig
+from ds_jax.flags import define_config
 from ds_jax.placement.layouts import Shape
+from ds_jax.plan import PlanConfig
 from ds_jax.protocol import Role
 from experiments import table_2
 from experiments.curves import study, tighten
@@ -25,7 +28,20 @@ from experiments.page import NOT_RUN, Experiment, Outcome, page
 from experiments.published import Compared, rows
 from experiments.reproduce import attempt, experiments, left
 from experiments.simulator_accuracy import compare_runs
-from experiments.systems import EVALUATIONS, MII, Served, System, mixed, multiplexing, pair, parallel, rate_at, serve
+from experiments.systems import (
+    EVALUATIONS,
+    MII,
+    Served,
+    System,
+    chosen_cases,
+    mixed,
+    multiplexing,
+    pair,
+    parallel,
+    rate_at,
+    refuse,
+    serve,
+)
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +189,29 @@ def test_a_plan_that_is_not_the_papers_has_nothing_published_beside_it():
     ):
         assert not any(each.is_asked_by(other) for each in EVALUATIONS)
     assert compare(None, "changed", {}, ("joint",)) == []
+
+
+def parsed(*arguments: str) -> flags.FlagValues:
+    values = flags.FlagValues()
+    define_config(PlanConfig, flag_values=values)
+    values(["launcher", *arguments])
+    return values
+
+
+def test_plans_of_the_command_line_keep_the_papers_numbers_only_where_they_are_the_papers():
+    assert [case.evaluation for case in chosen_cases(parsed())] == list(EVALUATIONS)
+    assert [case.evaluation for case in chosen_cases(parsed("--config.slo.ttft_s=0.3"))] == [None] * 5
+    (own,) = chosen_cases(parsed("--config=configs/plan_opt_13b_a100.py"))
+    assert own.evaluation is EVALUATIONS[0] and own.plan.search.seed == 2
+    (changed,) = chosen_cases(parsed("--config=configs/plan_opt_13b_a100.py", "--config.cluster.gpus_per_node=8"))
+    assert changed.evaluation is None and changed.name == "opt-13b, sharegpt"
+
+
+def test_a_knob_that_a_launcher_sets_itself_is_refused():
+    values = parsed("--config.affinity=high")
+    refuse(values, {"config.policy": "all are compared"})
+    with pytest.raises(ValueError, match="--config.affinity has no effect here: both are searched"):
+        refuse(values, {"config.affinity": "both are searched"})
 
 
 def test_the_papers_placement_is_told_with_what_it_is_worth_and_what_holds_it_back():
