@@ -14,6 +14,7 @@ loose with steps in flight, its lease is pinned once until the last of them has 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from heapq import heappop, heappush
 
 from ds_jax.protocol import Decode, Decodes
 from ds_jax.scheduling.ledger import PageLedger
@@ -29,7 +30,8 @@ class RunningBatch:
         self.planned = 0
         self.done = 0
         self._ledger = ledger
-        self._slots = list(range(slots - 1, -1, -1))
+        self._slots = list(range(slots))
+        """Free ones, as a heap: the lowest goes first, so that a small batch is a small program (slot buckets)."""
         self._members: dict[int, Decode] = {}
         """The steady ones, as they stand in a step without new pages, in order of joining."""
         self._loose: dict[int, Sequence] = {}
@@ -50,7 +52,7 @@ class RunningBatch:
 
     def join(self, sequence: Sequence) -> None:
         """Give the sequence a slot: it decodes from the next step on. Its steps in flight, if any, have landed."""
-        sequence.slot = self._slots.pop()
+        sequence.slot = heappop(self._slots)
         sequence.batch = self
         sequence.phase = Phase.RUNNING
         self.sequences[sequence.id] = sequence
@@ -64,7 +66,7 @@ class RunningBatch:
         """Take the slot away. What is in flight of it is still heard of, and still pins its pages."""
         del self.sequences[sequence.id]
         self._resume(sequence)
-        self._slots.append(sequence.slot)
+        heappush(self._slots, sequence.slot)
         if sequence.steady:
             self._loosen(sequence)
         elif sequence.id in self._members:  # in the step that is being put together
