@@ -31,7 +31,7 @@ _LOAD = flags.DEFINE_float("load", 0.75, "Rate of a stretch as a share of what i
 _FIRST_LOAD = flags.DEFINE_float(
     "first_load", 0.45, "The same of the first stretch, which has another rate.", 0.05, 2.0
 )
-_STRETCH_S = flags.DEFINE_float("stretch_s", 300.0, "Length of each stretch in seconds.", lower_bound=10.0)
+_STRETCH_S = flags.DEFINE_float("stretch_s", 240.0, "Length of each stretch in seconds.", lower_bound=10.0)
 _WORKLOADS = flags.DEFINE_list("workloads", ["100/300", "longbench"], "Lengths before, and after they shift.")
 _HINDSIGHT = flags.DEFINE_boolean("hindsight", True, "Run the other splits of the GPUs too, fixed.")
 _SEEDS = flags.DEFINE_integer("seeds", 100, "Stationary traces to watch for false alarms.", lower_bound=0)
