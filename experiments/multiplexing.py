@@ -257,6 +257,9 @@ def _draw(output: Any, labels: dict[str, str], found: dict[str, dict[str, Any]],
         upper, middle, lower = (panels[row * len(labels) + column] for row in range(3))
         upper.axhline(90, color="#777777", lw=1, ls=":")
         lower.axhline(100, color="#777777", lw=1, ls=":")
+        most = max(one["goodput"] for one in found[name].values()) or None
+        for panel in (upper, middle, lower):
+            panel.set_xlim(0, most and 1.5 * most)
         upper.set(ylabel="inside both, %", ylim=(0, 103))
         middle.set(ylabel="P90 TTFT, s", ylim=(0, None))
         lower.set(ylabel="P90 TPOT, ms", xlabel="requests/s per GPU (extrapolated)", ylim=(0, 250))
