@@ -281,6 +281,7 @@ def _draw_division(output: Output, division: Any) -> None:
         panel.plot([tenant.share.gpus], [served[tenant.share]], marker="o", markersize=9, color=color)
         if tenant.application.workload.rate:
             panel.axhline(tenant.application.workload.rate, color=color, linestyle=":", linewidth=1)
+    panel.set_ylim(bottom=0)
     panel.set_xlabel("GPUs of its share (large: the one that it got)")
     panel.set_ylabel("requests/s inside the targets\n(dotted: asked for)")
     panel.legend()

@@ -262,9 +262,9 @@ def _draw(
         windows: dict[int, list[tuple[float, bool]]] = {}
         for pair in pairs:
             windows.setdefault(int(pair[0] // WINDOW_S), []).append(pair)
-        panel.plot(
-            [(w + 0.5) * WINDOW_S for w in windows], [100 * _share(one) for one in windows.values()], label=label
-        )
+        shares = [100 * _share(one) for one in windows.values()]
+        style: dict[str, Any] = {"linestyle": "--", "linewidth": 2.0, "zorder": 3} if label == "fixed" else {}
+        panel.plot([(w + 0.5) * WINDOW_S for w in windows], shares, label=label, clip_on=False, **style)
     for one in stretches:
         panel.axvline(one.begin_s, color="#999999", linestyle=":", linewidth=1)
         panel.text(one.begin_s, 104, f" {one.workload}, {one.rate:.3g}/s", fontsize=8, color="#555555")
@@ -275,7 +275,7 @@ def _draw(
         name = "changing over" if index == 0 else None
         panel.axvspan(change.planned_ns / 1e9, change.up_ns / 1e9, color="#ccbb44", alpha=0.35, label=name)
     panel.axhline(90, color="#999999", linewidth=0.8)
-    panel.set_ylim(0, 103)
+    panel.set_ylim(0, 102)
     panel.set_xlabel("time of arrival, s (dotted: the workload shifts)")
     panel.set_ylabel("requests inside both targets, %")
     panel.legend(loc="center left")
