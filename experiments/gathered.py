@@ -55,7 +55,7 @@ def _reference(name: str, summary: dict[str, Any], draws: dict[str, Any]) -> lis
         told = "none" if own is None else f"{own['goodput_per_gpu']:.2f}, {own['unit']}"
         found.append(Compared(what + ", best vLLM", f"{vllm:g}", told, why, PUBLIC_SIMULATOR))
     if name == "13b_200":
-        what = f"search of 9 configurations, OPT-13B on 1 x 4 (ours: {summary['configurations']}, colocated included)"
+        what = f"search of 9 configurations, OPT-13B on 1 x 4 (ours: {summary['configurations']})"
         why = f"Bounds leave {summary['simulated']} to be simulated, and a trial ends when it cannot pass any more."
         seconds = "answered from a cache" if summary.get("cached") else f"{summary['search_s']:.1f} s"
         found.append(Compared(what, "about 28 s on 2 cores", seconds, why, PUBLIC_SIMULATOR))
