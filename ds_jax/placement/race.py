@@ -180,7 +180,8 @@ class Race:
                 else:
                     best = max(best, self._guesses[index])
                 if known.fails < len(self.rates) and self._prune:
-                    fails = self._index(MARGIN * self.rates[known.fails])
+                    # Who fails alone, at the lowest rate, fails by more than the rate.
+                    fails = self._index(MARGIN * self.rates[known.fails]) if known.fails else 0
                     self.known[index] = replace(self.known[index], fails=min(self.known[index].fails, fails))
 
     def _sketch_fails(self, index: int, least: int) -> bool:
