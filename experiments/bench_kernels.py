@@ -4,15 +4,15 @@ python -m experiments.bench_kernels --output_dir=out/kernels --models=llama-3-8b
 
 For every load: seconds, GB/s of keys and values (decode) or TFLOP/s (prefill), the ratio to the device's measured read
 or matmul rate, the error against the definition on the first sequence, and the seconds of those peers that can be
-imported: cuDNN's attention over contiguous keys and values of the same lengths (`jax.nn.dot_product_attention`), and
-PyTorch's. OUTPUT_DIR gets summary.json.
+imported (experiments/kernel_peers.py). Calls are chained as the layers of a model are: what depends on lengths alone is
+computed once per chain, and timed beside it as plan_seconds. OUTPUT_DIR gets summary.json, written after every load; a
+load whose kernel fails is told of there, and the others go on.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import logging
 import time
 from typing import Any
@@ -21,136 +21,186 @@ from absl import flags
 from tqdm import tqdm
 
 from ds_jax.flags import run
-from experiments.ceilings import Ceilings, device_seconds, measure
+from experiments.ceilings import Ceilings, chained, device_seconds, measure
 from experiments.kernel_cases import MODELS, Load, error, loads
+from experiments.kernel_peers import INSIDE, OUTSIDE, ask
 from experiments.output import Output, table
 
 log = logging.getLogger(__name__)
 
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for the results.", required=True)
 _MODELS = flags.DEFINE_multi_enum("models", ["llama-3-8b", "opt-13b"], list(MODELS), "Whose shapes.")
+_OPERATIONS = flags.DEFINE_multi_enum("operations", ["decode", "prefill"], ["decode", "prefill"], "What is measured.")
 _BACKENDS = flags.DEFINE_multi_enum("backends", ["auto"], ["auto", "mosaic", "xla"], "Forms to measure.")
 _DTYPE = flags.DEFINE_enum("dtype", "auto", ["auto", "bfloat16", "float16", "float32"], "Of queries and pages.")
 _PAGE_SIZE = flags.DEFINE_integer("page_size", 64, "Tokens of a page.", 1)
-_MOST_GIB = flags.DEFINE_float("most_gib", 0.0, "Largest pool; 0: 8 on a GPU, 1/8 on a CPU.", 0.0)
+_MOST_GIB = flags.DEFINE_float(
+    "most_gib", 0.0, "Largest keys and values of a load; 0: a sixth of a GPU's memory, 1/8 GiB on a CPU.", 0.0
+)
+_MOST_LOADS = flags.DEFINE_integer("most_loads", 0, "How many loads to measure; 0: all.", 0)
 _TIME_LIMIT_S = flags.DEFINE_float("time_limit_s", 300.0, "When it is over, loads that are left are left out.", 1.0)
 
+SHARE = 6
+"""A load may take this part of the memory: peers hold copies of its keys and values in their own form."""
+LINKS = {"decode": 8, "prefill": 2}
+"""Calls of a chain on a GPU."""
+CPU_MOST_BYTES = 2**27
+CPU_MOST_FLOPS = 1e11
 
-def attention(load: Load, backend: str) -> Any:
-    """The compiled kernel of a load: arrays by name -> output."""
+
+def most_bytes() -> float:
+    """Keys and values of the largest load that this device is given."""
     import jax
 
-    from kernels import paged_decode_attention, paged_prefill_attention
+    if _MOST_GIB.value:
+        return float(_MOST_GIB.value * 2**30)
+    if jax.default_backend() == "cpu":
+        return float(CPU_MOST_BYTES)
+    stats = jax.devices()[0].memory_stats() or {}
+    return float(stats.get("bytes_limit", 48 * 2**30)) / SHARE
 
-    package: Any = paged_prefill_attention if load.chunks else paged_decode_attention
-    return jax.jit(functools.partial(package.attend, scale=load.head_dim**-0.5, backend=backend))
 
-
-def cudnn(load: Load) -> float | None:
-    """Seconds of cuDNN's attention over contiguous keys and values; None where there is none, or lengths differ."""
+def plan_seconds(load: Load, arrays: dict[str, Any]) -> float:
+    """Seconds of what the Mosaic kernel's form computes from the lengths, once for all layers of a step."""
     import jax
-    import jax.numpy as jnp
 
-    if jax.default_backend() != "gpu" or len(set(load.chunks)) > 1:
-        return None
-    batch, length = len(load.lengths), load.lengths[0]
-    queries = load.chunks[0][1] if load.chunks else 1
-    keys = jax.random.split(jax.random.key(1), 3)
-    shapes = ((batch, queries, load.heads), (batch, length, load.kv_heads), (batch, length, load.kv_heads))
-    q, k, v = (
-        jax.random.normal(key, (*shape, load.head_dim), load.dtype) for key, shape in zip(keys, shapes, strict=True)
-    )
-    options: dict[str, Any] = {"implementation": "cudnn"}
-    if load.chunks and queries == length:
-        options["is_causal"] = True
-    elif load.chunks:  # cuDNN's causal mask begins at the first key: the prefix needs lengths, and is then not causal
-        return None
-    function = jax.jit(functools.partial(jax.nn.dot_product_attention, **options))
-    try:
-        return device_seconds(function, q, k, v)
-    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError, RuntimeError) as reason:
-        log.warning("cuDNN cannot do %s: %s", load.name, str(reason)[:200])
-        return None
-    finally:
-        for array in (q, k, v):
-            jnp.asarray(array).delete()
+    from kernels.backends import platform
+    from kernels.mosaic import cores_of
+    from kernels.tuning import chosen
 
+    kind = platform()[1]
+    sizes = load.head_dim, load.page_size
+    if load.chunks:
+        from kernels.paged_prefill_attention import mosaic as prefill
+        from kernels.paged_prefill_attention.tiles import aligned, tiles_of
 
-def torch_sdpa(load: Load) -> float | None:
-    """Seconds of PyTorch's attention over contiguous keys and values; None where it cannot be measured."""
-    if not load.chunks or len(set(load.chunks)) > 1 or load.chunks[0][0]:
-        return None
-    try:
-        torch = importlib.import_module("torch")
-    except ImportError:
-        return None
-    if not torch.cuda.is_available():
-        return None
-    batch, length = len(load.chunks), load.chunks[0][1]
-    kind = getattr(torch, load.dtype)
-    q, k, v = (
-        torch.randn(batch, heads, length, load.head_dim, device="cuda", dtype=kind)
-        for heads in (load.heads, load.kv_heads, load.kv_heads)
-    )
-    attend = torch.nn.functional.scaled_dot_product_attention
-    times = []
-    for _ in range(6):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(10):
-            attend(q, k, v, is_causal=True, enable_gqa=load.heads != load.kv_heads)
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) / 10)
-    return sorted(times[1:])[2]
+        block, _ = prefill.Tuning(**chosen("prefill", kind, *sizes)).of(load.head_dim)
+        rows, tokens = prefill.CONSUMERS * prefill.ROWS, len(arrays["q"])
+
+        def plan(starts: Any, lengths: Any, contexts: Any) -> Any:
+            spread = aligned(starts, lengths, tokens, prefill.ALIGNMENT)
+            places = len(spread.source)
+            return spread, tiles_of(
+                spread.starts, lengths, contexts, places, rows, prefill.ALIGNMENT, block, None
+            )  # fmt: skip
+
+        names = ("starts", "lengths", "contexts")
+    else:
+        from kernels.paged_decode_attention import mosaic as decode
+        from kernels.paged_decode_attention import schedule
+
+        tuning = decode.Tuning(cores=cores_of(kind), **chosen("decode", kind, *sizes))
+        workers = tuning.cores * tuning.workers_per_core
+        plan = functools.partial(
+            schedule.plan, kv_heads=load.kv_heads, block=decode.BLOCK, workers=workers, window=None
+        )  # type: ignore[assignment]
+        names = ("lengths",)  # type: ignore[assignment]
+    return device_seconds(jax.jit(plan), *(arrays[name] for name in names))
 
 
 def bench(load: Load, backend: str, ceilings: Ceilings) -> dict[str, Any]:
     """One row of the results."""
+    from kernels import paged_decode_attention, paged_prefill_attention
+    from kernels.mosaic import cannot_read, hopper_only
+
+    on_cpu = ceilings.device == "cpu"
+    links = 2 if on_cpu else LINKS[load.operation]
+    package: Any = paged_prefill_attention if load.chunks else paged_decode_attention
     arrays = load.arrays()
-    function = attention(load, backend)
-
-    def call(arrays: dict[str, Any]) -> Any:
-        return function(**arrays)
-
-    took = device_seconds(call, arrays, repeats=3 if ceilings.device == "cpu" else 20)
+    chain = chained(functools.partial(package.attend, scale=load.head_dim**-0.5, backend=backend), links)
+    first, _ = chain(**arrays)
+    row = {**dataclasses.asdict(load), "name": load.name, "operation": load.operation, "backend": backend}
+    mosaic = backend != "xla" and not (hopper_only() or cannot_read(arrays["q"], arrays["k_pages"], None))
+    row["form"] = "mosaic" if mosaic else "xla"
+    row["error"] = error(load, arrays, first)
+    took = device_seconds(lambda: chain(**arrays), repeats=3 if on_cpu else 20) / links
     bound_s = max(load.kv_bytes / ceilings.read_bytes_per_s, load.flops / ceilings.matmul_flops_per_s)
-    row = {
-        **dataclasses.asdict(load),
-        "name": load.name,
-        "backend": backend,
+    row |= {
         "seconds": took,
         "gb_per_s": load.kv_bytes / took / 1e9,
         "tflop_per_s": load.flops / took / 1e12,
         "of_bound": bound_s / took,
-        "error": error(load, arrays, call(arrays)),
+        "of_copy": load.kv_bytes / took / ceilings.copy_bytes_per_s,
+        "links": links,
+        "plan_seconds": plan_seconds(load, arrays) if mosaic else None,
+        "peers_s": {},
+        "peers_missing": {},
     }
-    del arrays
-    peers = {"cudnn": cudnn(load), "torch": torch_sdpa(load)}
-    return row | {"peers_s": peers, "of_cudnn": peers["cudnn"] and peers["cudnn"] / took}
+    for name in INSIDE:
+        ask_into(row, name, load, arrays, links)
+    return row
+
+
+def ask_into(row: dict[str, Any], name: str, load: Load, arrays: dict[str, Any], links: int = 1) -> None:
+    """Put into a row what a peer takes, how we compare (above 1: we are faster), or why there is no such number."""
+    seconds, missing = ask((INSIDE | OUTSIDE)[name], load, arrays, links)
+    row["peers_s"][name] = seconds
+    row[f"of_{name}"] = seconds and seconds / row["seconds"]
+    if missing:
+        row["peers_missing"][name] = missing
 
 
 def main(argv: list[str]) -> None:
     """Measure every load, print and write the results."""
+    begin = time.perf_counter()
+
     import jax
 
     output = Output(_OUTPUT_DIR.value)
     on_gpu = jax.default_backend() == "gpu"
     dtype = _DTYPE.value if _DTYPE.value != "auto" else "bfloat16" if on_gpu else "float32"
     ceilings = measure(dtype)
-    most = (_MOST_GIB.value or (8 if on_gpu else 1 / 8)) * 2**30
-    every = list(loads(_MODELS.value, dtype, _PAGE_SIZE.value, int(most), 1e14 if on_gpu else 1e11))
-    begin, rows = time.perf_counter(), []
-    work = [(load, backend) for load in every for backend in _BACKENDS.value]
+    every = loads(_MODELS.value, dtype, _PAGE_SIZE.value, _OPERATIONS.value)
+    bytes_, flops = most_bytes(), float("inf") if on_gpu else CPU_MOST_FLOPS
+    fitting = [load for load in every if load.kv_bytes <= bytes_ and load.flops <= flops]
+    work = [(load, backend) for load in fitting[: _MOST_LOADS.value or None] for backend in _BACKENDS.value]
+    rows: list[dict[str, Any]] = []
+    summary = {
+        "device": dataclasses.asdict(ceilings),
+        "time_limit_s": _TIME_LIMIT_S.value,
+        "too_large": [load.name for load in every if load not in fitting],
+        "cases": rows,
+    }
+
+    def write() -> None:
+        output.summary(summary | {"left_out": len(every) * len(_BACKENDS.value) - len(rows)})
+
+    write()
     for load, backend in tqdm(work, desc="loads"):
         if time.perf_counter() - begin > _TIME_LIMIT_S.value:
             break
-        rows.append(bench(load, backend, ceilings))
-        output.summary({"device": dataclasses.asdict(ceilings), "left_out": len(work) - len(rows), "cases": rows})
-    header = ("load", "form", "µs", "GB/s", "TFLOP/s", "of bound", "of cuDNN", "error")
-    shown = ("name", "backend", "us", "gb_per_s", "tflop_per_s", "of_bound", "of_cudnn", "error")
-    print(table(header, [[(row | {"us": row["seconds"] * 1e6})[name] for name in shown] for row in rows]))
+        try:
+            rows.append(bench(load, backend, ceilings))
+        except Exception as reason:  # of whatever a compiler for a device raises the next load may be free
+            log.exception("%s as %s", load.name, backend)
+            failed = f"{type(reason).__name__}: {reason}"[:500]
+            rows.append({"name": load.name, "operation": load.operation, "backend": backend, "failed": failed})
+        write()
+    measured = {load.name: load for load, _ in work}
+    for row in rows:
+        if "failed" not in row and time.perf_counter() - begin < _TIME_LIMIT_S.value:
+            for name in OUTSIDE:
+                ask_into(row, name, measured[row["name"]], {})
+            write()
+    shown = (
+        "name",
+        "backend",
+        "us",
+        "plan_us",
+        "gb_per_s",
+        "tflop_per_s",
+        "of_bound",
+        "of_cudnn",
+        "of_triton",
+        "error",
+    )
+    header = ("load", "form", "µs", "plan µs", "GB/s", "TFLOP/s", "of bound", "of cuDNN", "of Triton", "error")
+    scaled = {"us": "seconds", "plan_us": "plan_seconds"}
+    lines = [row | {new: row.get(old) and row[old] * 1e6 for new, old in scaled.items()} for row in rows]
+    print(table(header, [[line.get(name) for name in shown] for line in lines]))
     rates = f"{ceilings.read_bytes_per_s / 1e9:.4g} GB/s read, {ceilings.matmul_flops_per_s / 1e12:.4g} TFLOP/s"
-    print(f"{ceilings.device}: {rates}; {len(work) - len(rows)} of {len(work)} left out; written to {output.folder}")
+    left = f"{len(every) * len(_BACKENDS.value) - len(rows)} left out, {len(every) - len(fitting)} of them too large"
+    print(f"{ceilings.device}: {rates}; {left}; written to {output.folder}")
 
 
 if __name__ == "__main__":

@@ -22,25 +22,21 @@ class Ceilings:
     dtype: str
 
 
-def seconds(call: Callable[[], Any], *, least_s: float = 0.2, fewest: int = 5, most: int = 200) -> float:
-    """Median seconds of one call, synchronised; as many calls as fill `least_s`."""
-    import jax
+def device_seconds(step: Callable[..., Any], *arguments: Any, repeats: int = 20, least_s: float = 0.02) -> float:
+    """Seconds of one call on the device, launch gaps left out: calls are queued and waited for at once.
 
-    jax.block_until_ready(call())
-    times: list[float] = []
-    begin = time.perf_counter()
-    while len(times) < fewest or (len(times) < most and time.perf_counter() - begin < least_s):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - start)
-    return median(times)
-
-
-def device_seconds(step: Callable[..., Any], *arguments: Any, repeats: int = 20) -> float:
-    """Seconds of one call on the device, launch gaps left out: `repeats` calls are queued and waited for at once."""
+    Args:
+        step: what to call; it has been compiled when this returns.
+        arguments: of every call.
+        repeats: most calls that are queued together.
+        least_s: fewer are queued if they take this long.
+    """
     import jax
 
     jax.block_until_ready(step(*arguments))
+    start = time.perf_counter()
+    jax.block_until_ready(step(*arguments))
+    repeats = max(1, min(repeats, round(least_s / (time.perf_counter() - start))))
     times = []
     for _ in range(5):
         start = time.perf_counter()
@@ -48,6 +44,21 @@ def device_seconds(step: Callable[..., Any], *arguments: Any, repeats: int = 20)
         jax.block_until_ready(results)
         times.append((time.perf_counter() - start) / repeats)
     return median(times)
+
+
+def chained(attend: Callable[..., Any], links: int) -> Callable[..., Any]:
+    """One program of `links` calls of `attend`, the output of each the queries of the next: as the layers of a model,
+    which share what depends on lengths and page tables alone. Takes `attend`'s arguments by name, `q` among them, and
+    returns the outputs of the first and of the last call."""
+    import jax
+
+    def chain(q: Any, **rest: Any) -> tuple[Any, Any]:
+        first = out = attend(q=q, **rest)
+        for _ in range(links - 1):
+            out = attend(q=out, **rest)
+        return first, out
+
+    return jax.jit(chain)
 
 
 def measure(dtype: str = "auto") -> Ceilings:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,15 @@ BATCHES = (1, 8, 32, 128, 256)
 CONTEXTS = (128, 2048, 8192, 32768, 131072)
 CHUNKS = (((0, 2048),), ((0, 8192),), ((0, 512),) * 16, ((30000, 2048),), ((2000, 512),) * 8)
 """(tokens of cached prefix, tokens of the chunk) of each prompt in a step."""
+FIRST: tuple[tuple[int, int] | tuple[tuple[int, int], ...], ...] = (
+    (32, 2048),
+    (1, 131072),
+    ((0, 8192),),
+    (16, 512),
+    (128, 2048),
+    (32, 8192),
+)
+"""What is measured before all others, as (batch, context) or chunks: a session on a lent device may end early."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,10 @@ class Load:
     batch: int = 0
     context: int = 0
     chunks: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def operation(self) -> str:
+        return "prefill" if self.chunks else "decode"
 
     @property
     def name(self) -> str:
@@ -95,19 +109,28 @@ class Load:
         }
 
 
-def loads(models: list[str], dtype: str, page_size: int, most_bytes: int, most_flops: float) -> Iterator[Load]:
-    """All loads of these models that fit: those that matter most first."""
-    for model in models:
-        shape = (model, *MODELS[model], page_size, dtype)
-        every = [Load(*shape, batch, context) for context in CONTEXTS for batch in BATCHES]
-        every += [Load(*shape, chunks=chunks) for chunks in CHUNKS]
-        for load in every:
-            if load.kv_bytes <= most_bytes and load.flops <= most_flops:
-                yield load
+def loads(models: list[str], dtype: str, page_size: int, operations: Collection[str]) -> list[Load]:
+    """All loads of these models: those that matter most first, of each the models in their order.
+
+    Args:
+        models: keys of MODELS.
+        dtype: of queries and pages.
+        page_size: tokens of a page.
+        operations: "decode", "prefill" or both.
+    """
+    every: list[Any] = [*FIRST, *((batch, context) for context in CONTEXTS for batch in BATCHES), *CHUNKS]
+    found = []
+    for work in dict.fromkeys(every):
+        prefill = isinstance(work[0], tuple)
+        if ("prefill" if prefill else "decode") in operations:
+            sizes = {"chunks": work} if prefill else dict(zip(("batch", "context"), work, strict=True))
+            found += [Load(model, *MODELS[model], page_size, dtype, **sizes) for model in models]
+    return found
 
 
 def error(load: Load, arrays: dict[str, Any], out: Any) -> float:
     """|out - expected| / |expected| of the first sequence's last token, against the definition in float32."""
+    import jax
     import jax.numpy as jnp
 
     from kernels import paged_decode_attention
@@ -118,7 +141,7 @@ def error(load: Load, arrays: dict[str, Any], out: Any) -> float:
     query = arrays["q"][row : row + 1].astype(jnp.float32)
     pools = [arrays[name][pages].astype(jnp.float32) for name in ("k_pages", "v_pages")]
     own = jnp.arange(len(pages), dtype=jnp.int32)[None]
-    attend: Any = paged_decode_attention.definition.attend
-    expected = attend(query, *pools, own, jnp.array([length]), scale=load.head_dim**-0.5)
+    attend: Any = functools.partial(paged_decode_attention.definition.attend, scale=load.head_dim**-0.5)
+    expected = jax.jit(attend)(query, *pools, own, jnp.array([length]))
     found = out[row : row + 1].astype(jnp.float32)
     return float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected))
