@@ -31,7 +31,7 @@ from tqdm import tqdm
 from ds_jax import protocol
 from ds_jax.config import Config
 from ds_jax.protocol import Copy, Medium, Step
-from ds_jax.runtime import handover, logprobs, mesh
+from ds_jax.runtime import handover, logprobs, mesh, platform
 from ds_jax.runtime.compilation import CompilationCounter, compiling, keep_compiled_programs
 from ds_jax.runtime.handover import Cut, Route
 from ds_jax.runtime.instance import Instance, Result, describe, takes_long
@@ -128,6 +128,7 @@ class InProcessExecutor:
                 site.mesh,
                 *abstract_params(self.arch, site.group.tp, self._dtype, site.mesh),
                 backend=config.kernels.backend,
+                plain=platform.waits_at_branches(site.mesh.devices.flat[0]),
             )
             for site in sites
         ]

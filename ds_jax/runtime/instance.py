@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 
 from ds_jax import protocol
 from ds_jax.protocol import Role, Step
-from ds_jax.runtime import handover, host_memory, marks, mixed, programs
+from ds_jax.runtime import handover, host_memory, marks, mixed, programs, sampling
 from ds_jax.runtime.handover import Cut, Route
 from ds_jax.runtime.host_memory import HostMemory
 from ds_jax.runtime.pool import Pool
@@ -54,6 +55,8 @@ class Resident(NamedTuple):
 
     sequence: int
     table: list[int]
+    plain: bool
+    """Whether it asks for no more than a temperature."""
 
 
 class Instance:
@@ -89,14 +92,15 @@ class Instance:
         """Jobs that compile all programs of this instance, one program each."""
         shapes = self.shapes
         yield partial(self._build, "fresh pool", programs.fresh_pool)
-        for size in shapes.token_buckets:
-            yield partial(self._build, ("prefill", size), programs.prefill, size)
+        variants = (False, True) if self.model.plain else (False,)
+        for size, plain in product(shapes.token_buckets, variants):
+            yield partial(self._build, ("prefill", size, plain), programs.prefill, size, plain)
             if shapes.mixes:
-                yield partial(self._build, ("mixed", size), mixed.mixed, size)
+                yield partial(self._build, ("mixed", size, plain), mixed.mixed, size, plain)
         if shapes.slots:
             yield partial(self._build, "fresh state", programs.fresh_state)
-            for size in shapes.slot_buckets:
-                yield partial(self._build, ("decode", size), programs.decode, size)
+            for size, plain in product(shapes.slot_buckets, variants):
+                yield partial(self._build, ("decode", size, plain), programs.decode, size, plain)
         for kind, rows in self._marked_rows.items():
             if rows:
                 yield partial(self._build, ("fresh marks", kind), programs.fresh_marks, rows)
@@ -155,14 +159,14 @@ class Instance:
 
     def _run_prefills(self, prefills: Sequence[protocol.Prefill], sequences: Mapping[int, TokenSequence]) -> Result:
         bucket, packed, scored = self._packed(prefills, sequences)
-        program = self._programs["prefill", bucket]
+        program = self._programs["prefill", bucket, self._plain_prompts(prefills, sequences, scored)]
         self.pool, *results = program(self.params, self.pool, packed, self._marks["rows"])
         return self._result(results, _sampled(prefills), sequences, scored)
 
     def _run_decodes(self, decodes: Sequence[protocol.Decode], sequences: Mapping[int, TokenSequence]) -> Result:
         self._edit_slots(decodes, sequences)
         batch = bucket_for(1 + max(slot for _, slot, _ in decodes), self.shapes.slot_buckets, "slots in use")
-        self.pool, self.state, self._marks["slots"], *results = self._programs["decode", batch](
+        self.pool, self.state, self._marks["slots"], *results = self._programs["decode", batch, self._plain_slots()](
             self.params, self.pool, self.state, self._marks["slots"]
         )
         return self._result(results, [(sequence, slot) for sequence, slot, _ in decodes], sequences)
@@ -175,7 +179,8 @@ class Instance:
     ) -> Result:
         bucket, packed, scored = self._packed(prefills, sequences)
         self._edit_slots(decodes, sequences)
-        self.pool, self.state, self._marks["slots"], *results = self._programs["mixed", bucket](
+        plain = self._plain_prompts(prefills, sequences, scored) and self._plain_slots()
+        self.pool, self.state, self._marks["slots"], *results = self._programs["mixed", bucket, plain](
             self.params, self.pool, packed, self._marks["rows"], self.state, self._marks["slots"]
         )
         rows = _sampled(prefills) + [(sequence, self.shapes.rows + slot) for sequence, slot, _ in decodes]
@@ -221,13 +226,32 @@ class Instance:
                     table.extend(new_pages)
             else:
                 table.extend(new_pages)
-                self._resident[slot] = Resident(sequence, table)
-                edits.join(slot, sequences[sequence], table)
-                self._mark("slots", slot, sequences[sequence])
+                joins = sequences[sequence]
+                self._resident[slot] = Resident(sequence, table, self._is_plain(joins))
+                edits.join(slot, joins, table)
+                self._mark("slots", slot, joins)
         for slot in before:
             edits.leave(slot)
         if (packed := edits.pack()) is not None:
             self.state = self._programs["edit", packed[0]](self.state, packed[1])
+
+    def _is_plain(self, sequence: TokenSequence) -> bool:
+        return self.model.plain and sampling.is_plain(sequence.sampling, self.model.arch.vocab_size)
+
+    def _plain_slots(self) -> bool:
+        """Whether a plain program serves those in the slots."""
+        return self.model.plain and all(resident.plain for resident in self._resident.values())
+
+    def _plain_prompts(
+        self,
+        prefills: Sequence[protocol.Prefill],
+        sequences: Mapping[int, TokenSequence],
+        scored: Sequence[Scored],
+    ) -> bool:
+        """Whether a plain program serves these chunks: what a chunk that samples nothing asks of its tokens is of no
+        account yet."""
+        sampling_ones = (sequences[prefill.sequence] for prefill in prefills if prefill.samples)
+        return self.model.plain and not scored and all(map(self._is_plain, sampling_ones))
 
     def _mark(self, kind: str, row: int, sequence: TokenSequence) -> None:
         """Write the marks of a sequence that asks for a bias or a penalty."""

@@ -24,14 +24,14 @@ from ds_jax.runtime.shapes import Shapes
 from models.transformer import Params
 
 
-def mixed(model: Model, shapes: Shapes, bucket: int) -> Program:
+def mixed(model: Model, shapes: Shapes, bucket: int, plain: bool = False) -> Program:
     """(params, pool, packed, marks of R rows, state [B, C], marks of B slots) -> (pool, state, marks of the slots,
     tokens [R + B], log-probabilities of them [R + B, W] and of the prompts [T, W]); pool, state and marks of the slots
-    are donated."""
+    are donated. On plain programs see `programs.prefill`."""
 
     def step(
         params: Params, pool: Pool, packed: Array, marked: Array, rows: Array, slot_marks: Array
-    ) -> tuple[Pool, Array, Array, Array, Array, Array]:
+    ) -> tuple[Pool, Array, Array, Array, Any, Any]:
         chunks, state = Prefill.of(packed, shapes, bucket), DecodeState.of(rows)
         active, slots = state.writing(shapes)
         attention = _attention(bucket, chunks.attention(), state.attention(active))
@@ -42,6 +42,9 @@ def mixed(model: Model, shapes: Shapes, bucket: int) -> Program:
         chosen_by = sampling.unpack(_joined(chunks.sampling, state.sampling))
         wanted = _joined(chunks.samples > 0, active)
         before = _joined(chunks.contexts + chunks.lengths, state.position + 1)
+        if plain:
+            sampled = sampling.sample_plainly(logits, chosen_by, before)
+            return pool, state.stepped(rows, sampled[shapes.rows :], active), slot_marks, sampled, None, None
         sampled = sampling.sample(logits, chosen_by, before, wanted, (marked, slot_marks))
         of_tokens = logprobs.of_tokens(logits, sampled, chosen_by.logprobs & wanted)
         of_prompts = logprobs.of_prompt(

@@ -12,6 +12,15 @@ from ds_jax.config import Config
 _COUNT_FLAG = "xla_force_host_platform_device_count"
 
 
+def waits_at_branches(device: jax.Device) -> bool:
+    """Whether the host decides the branches of a program that runs on this device.
+
+    XLA:GPU copies a conditional's predicate to the host and waits for it, so that the next step is not queued behind
+    this one, and neither conditionals nor loops enter a CUDA graph. Others branch where they compute.
+    """
+    return device.platform in ("gpu", "cuda", "rocm")
+
+
 def force_host_devices(config: Config) -> None:
     """Let the CPU backend offer as many devices as the configuration asks for.
 

@@ -47,6 +47,8 @@ class Model:
     """Abstract, with shardings."""
     backend: Backend = "auto"
     """Which form of the kernels is taken."""
+    plain: bool = False
+    """Whether steps in which nobody asks for more than a temperature have programs of their own, without a branch."""
 
     @property
     def axis(self) -> str | None:
@@ -184,16 +186,22 @@ def pack_prefill(shapes: Shapes, chunks: Sequence[Chunk]) -> tuple[int, np.ndarr
     return bucket, packed
 
 
-def prefill(model: Model, shapes: Shapes, bucket: int) -> Program:
+def prefill(model: Model, shapes: Shapes, bucket: int, plain: bool = False) -> Program:
     """(params, pool, packed, marks of R rows) -> (pool, tokens [R], log-probabilities of them [R, W] and of the
-    prompts [T, W]); the pool is donated."""
+    prompts [T, W]); the pool is donated.
 
-    def step(params: Params, pool: Pool, packed: Array, marked: Array) -> tuple[Pool, Array, Array, Array]:
+    A plain program serves steps in which nobody asks for more than a temperature (`sampling.is_plain`): it has no
+    branch, leaves the marks alone, and gives None for log-probabilities. The same holds for `decode` and `mixed`.
+    """
+
+    def step(params: Params, pool: Pool, packed: Array, marked: Array) -> tuple[Pool, Array, Any, Any]:
         this = Prefill.of(packed, shapes, bucket)
         module, hidden, pool = model.run(params, pool, this.tokens, this.positions, this.slots, this.attention())
         logits = module.logits(hidden[this.last()], model.axis)
-        chosen_by, wanted = sampling.unpack(this.sampling), this.samples > 0
-        tokens = sampling.sample(logits, chosen_by, this.contexts + this.lengths, wanted, marked)
+        chosen_by, wanted, before = sampling.unpack(this.sampling), this.samples > 0, this.contexts + this.lengths
+        if plain:
+            return pool, sampling.sample_plainly(logits, chosen_by, before), None, None
+        tokens = sampling.sample(logits, chosen_by, before, wanted, marked)
         of_tokens = logprobs.of_tokens(logits, tokens, chosen_by.logprobs & wanted)
         of_prompts = logprobs.of_prompt(
             partial(module.logits, axis=model.axis), model.arch.vocab_size, hidden, this.following
@@ -249,21 +257,24 @@ FIRST_PAGE = 3 + sampling.COLUMNS
 """Column of a decode row in which the page table starts."""
 
 
-def decode(model: Model, shapes: Shapes, batch: int) -> Program:
+def decode(model: Model, shapes: Shapes, batch: int, plain: bool = False) -> Program:
     """(params, pool, state [B, C], marks) -> (pool, state, marks, tokens [batch], log-probabilities of them
-    [batch, W]), of the first `batch` slots; pool, state and marks are donated."""
+    [batch, W]), of the first `batch` slots; pool, state and marks are donated. On plain programs see `prefill`."""
 
-    def step(params: Params, pool: Pool, all_rows: Array, marked: Array) -> tuple[Pool, Array, Array, Array, Array]:
+    def step(params: Params, pool: Pool, all_rows: Array, marked: Array) -> tuple[Pool, Array, Array, Array, Any]:
         rows = all_rows[:batch]
         state = DecodeState.of(rows)
         active, slots = state.writing(shapes)
         attention = state.attention(active)
         module, hidden, pool = model.run(params, pool, state.token, state.position, slots, attention)
         logits = module.logits(hidden, model.axis)
-        chosen_by = sampling.unpack(state.sampling)
-        tokens = sampling.sample(logits, chosen_by, state.position + 1, active, marked)
-        found = logprobs.of_tokens(logits, tokens, chosen_by.logprobs & active)
-        marked = marks.count(marked, tokens, chosen_by.penalties, active)
+        chosen_by, found = sampling.unpack(state.sampling), None
+        if plain:
+            tokens = sampling.sample_plainly(logits, chosen_by, state.position + 1)
+        else:
+            tokens = sampling.sample(logits, chosen_by, state.position + 1, active, marked)
+            found = logprobs.of_tokens(logits, tokens, chosen_by.logprobs & active)
+            marked = marks.count(marked, tokens, chosen_by.penalties, active)
         rows = jnp.concatenate([state.stepped(rows, tokens, active), all_rows[batch:]])
         return pool, rows, marked, tokens, found
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, UInt
 
 from ds_jax.runtime import marks
 from ds_jax.runtime.sequence import Sequence
+from ds_jax.sampling import SamplingParams
 
 COLUMNS = 12
 """Int32 words that hold the sampling parameters of one sequence."""
@@ -63,6 +64,22 @@ def unpack(words: Int[Array, "B 12"]) -> Sampling:
     return Sampling(temperature, top_p, top_k, seed, sequence, min_p, penalties, (flags & LOGPROBS) != 0)
 
 
+def is_plain(params: SamplingParams, vocab: int) -> bool:
+    """Whether `sample_plainly` gives such a sequence its tokens, and there is nothing to know but the tokens."""
+    cut = params.top_p < 1 or 0 < params.top_k < vocab or params.min_p > 0
+    greedy = params.temperature < GREEDY_BELOW
+    return params.logprobs is None and not marks.asked_by(params) and (greedy or not cut)
+
+
+def sample_plainly(logits: Float[Array, "B V"], sampling: Sampling, positions: Int[Array, " B"]) -> Int[Array, " B"]:
+    """What `sample` gives rows of which none asks for more than a temperature (`is_plain`), without a branch.
+
+    Noise is made for every row, greedy or not.
+    """
+    hot = sampling.temperature >= GREEDY_BELOW
+    return _argmax(_perturb(_scaled(logits, sampling, hot), sampling, positions, hot))
+
+
 def sample(
     logits: Float[Array, "B V"],
     sampling: Sampling,
@@ -99,12 +116,16 @@ def scores(
         hot = hot & wanted
     if marked is not None:
         logits = marks.apply(logits, sampling.penalties, positions, marked, wanted)
-    # Rows in which no noise is wanted divide by 1: a greedy row must not see its logits changed.
-    scaled = logits / jnp.where(hot, sampling.temperature, 1)[:, None]
+    scaled = _scaled(logits, sampling, hot)
     cut_k = (sampling.top_k > 0) & (sampling.top_k < logits.shape[1])
     cut = hot & ((sampling.top_p < 1) | cut_k | (sampling.min_p > 0))
     kept = lax.cond(jnp.any(cut), _cut, lambda x, *_: x, scaled, sampling, cut)
     return lax.cond(jnp.any(hot), _perturb, lambda x, *_: x, kept, sampling, positions, hot)
+
+
+def _scaled(logits: Float[Array, "B V"], sampling: Sampling, hot: Array) -> Float[Array, "B V"]:
+    """Logits / temperature; those of rows without noise are as they were, to the bit."""
+    return logits / jnp.where(hot, sampling.temperature, 1)[:, None]
 
 
 def _argmax(scores: Float[Array, "B V"]) -> Int[Array, " B"]:
