@@ -158,6 +158,7 @@ class Multiplexed(SlackPolicy):
             for worker in workers
             if not worker.prompts.load
             and self.below_watermark(worker, sequence.tokens)
+            and worker.prompts.can_start(sequence, spare=worker.decoding.inbox_pages)
             and self._ends_ns(sequence, worker) <= self.foresight(worker).due_ns(ahead=1)
         ]
         return min(able, key=decode_tokens, default=None)
