@@ -1,19 +1,28 @@
-"""Measure the offline engine on batches of random prompts of fixed lengths.
+"""Measure the offline engine on batches of random prompts.
 
 python -m experiments.bench_engine --config=configs/offline_cpu.py --cases=cases.json --output_dir=out/bench
 
-CASES.json is a list of {"name", "batch", "prompt_tokens", "output_tokens"}. All prompts of a case are given at once;
-outputs are greedy and go past the end token. Each case is warmed up with other prompts, then measured --repeats times
-with one output token each (prefill) and with all of them (total). OUTPUT_DIR gets summary.json with `cases`, medians of
-each: prefill_seconds, total_seconds, prefill_tokens_per_s, and decode_tokens_per_s: the output tokens after the first
-over total - prefill; beside a roofline from the copy and matmul rates measured in the same run. And config.json.
+CASES.json is a list of {"name", "batch", "prompt_tokens", "output_tokens"}, and of {"name", "requests"} with a list of
+[prompt tokens, output tokens]. All prompts of a case are given at once; outputs are greedy and go past the end token.
+Each case is warmed up with other prompts, then measured --repeats times: equal requests with one output token each
+(prefill) and with all of them (total), unequal ones once for all.
+
+OUTPUT_DIR gets config.json, and summary.json after every case, with `cases`, medians of each: prefill_seconds,
+total_seconds, prefill_tokens_per_s, and decode_tokens_per_s: the output tokens after the first over total - prefill;
+beside a roofline from the copy and matmul rates measured in the same run. Where prefill takes far longer than decode,
+total - prefill is a small difference of large numbers: decode_direct_tokens_per_s is of one run, from the last first
+token to the first sequence that ends. Unequal requests have total_tokens_per_s and output_tokens_per_s.
+
+--trace_case=NAME traces one more run of that case on a GPU, and says how idle the device is (device_trace.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from statistics import median
@@ -24,8 +33,9 @@ from tqdm import tqdm
 
 from ds_jax.architecture import DTYPE_BYTES, Architecture
 from ds_jax.flags import define_config, load_config, run
+from experiments import device_trace
 from experiments.ceilings import Ceilings, measure
-from experiments.engine_cases import Case, read_cases
+from experiments.engine_cases import Case, Mixed, read_cases
 from experiments.output import Output, table
 
 if TYPE_CHECKING:
@@ -34,7 +44,25 @@ if TYPE_CHECKING:
 define_config(default_file="configs/offline_cpu.py")
 _CASES = flags.DEFINE_string("cases", None, "JSON list of cases.", required=True)
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for the results.", required=True)
+_TRACE_CASE = flags.DEFINE_string("trace_case", "", "Case of which a further run is traced on the device.")
+_TIME_LIMIT_S = flags.DEFINE_float("time_limit_s", 1e9, "When it is over, cases that are left are left out.", 1.0)
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Measurements of each case.", 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """One run, in seconds since its first submission."""
+
+    seconds: float
+    """Until the last token."""
+    decode_tokens_per_s: float | None
+    """Between the last first token and the first sequence that ends, when all decode; None: there is no such time."""
+    step_s: float | None
+    """Median time between the updates in that time."""
+    first_token_s: list[float]
+    """Of every request in turn."""
+    end_s: list[float]
+    """Likewise."""
 
 
 class Bench:
@@ -43,44 +71,101 @@ class Bench:
     def __init__(self, engine: Engine, updates: SimpleQueue[list[Update]]):
         self.engine, self._updates = engine, updates
 
-    def seconds(self, prompts: list[list[int]], tokens: int) -> float:
-        """From the first submission to the last token."""
+    def timed(self, prompts: Sequence[list[int]], tokens: Sequence[int]) -> Timed:
+        """Give all prompts at once, and wait for so many output tokens of each."""
         from ds_jax.sampling import SamplingParams
 
-        params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
         start = time.perf_counter()
-        missing = {id: tokens for prompt in prompts for id in self.engine.submit(prompt, params)}
+        missing: dict[int, int] = {}
+        for prompt, count in zip(prompts, tokens, strict=True):
+            params = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
+            missing |= dict.fromkeys(self.engine.submit(prompt, params), count)
+        order, firsts, ends = list(missing), dict[int, float](), dict[int, float]()
+        heard: list[tuple[float, int]] = []
         while missing:
-            for update in self._updates.get():
+            updates = self._updates.get()
+            now = time.perf_counter() - start
+            heard.append((now, sum(len(update.token_ids) for update in updates)))
+            for update in updates:
+                firsts.setdefault(update.sequence, now)
                 missing[update.sequence] -= len(update.token_ids)
-                if update.finish_reason is not None and missing.pop(update.sequence):
-                    raise RuntimeError(f"a sequence ended early: {update.finish_reason} {update.error or ''}")
-        return time.perf_counter() - start
+                if update.finish_reason is not None:
+                    ends[update.sequence] = now
+                    if missing.pop(update.sequence):
+                        raise RuntimeError(f"a sequence ended early: {update.finish_reason} {update.error or ''}")
+        rate, step_s = decode_rate(heard, max(firsts.values()), min(ends.values()))
+        return Timed(heard[-1][0], rate, step_s, [firsts[id] for id in order], [ends[id] for id in order])
 
     def measure(self, case: Case, vocab: int, repeats: int, seed: int) -> dict[str, Any]:
         """The case with its times."""
-        generator = random.Random(seed)
-
-        def prompts() -> list[list[int]]:
-            return [[generator.randrange(vocab) for _ in range(case.prompt_tokens)] for _ in range(case.batch)]
-
-        warm_up, batch = prompts(), prompts()
-        self.seconds(warm_up, min(case.output_tokens, 4))
-        prefills, totals = [], []
+        warm_up, batch = (_prompts([case.prompt_tokens] * case.batch, vocab, (seed, part)) for part in range(2))
+        self.timed(warm_up, [min(case.output_tokens, 4)] * case.batch)
+        prefills, runs = [], []
         for _ in range(repeats):
-            prefills.append(self.seconds(batch, 1))
-            totals.append(self.seconds(batch, case.output_tokens))
+            prefills.append(self.timed(batch, [1] * case.batch).seconds)
+            runs.append(self.timed(batch, [case.output_tokens] * case.batch))
+        totals = [run.seconds for run in runs]
         prefill, total = median(prefills), median(totals)
         decoded = case.batch * (case.output_tokens - 1)
+        direct = [run.decode_tokens_per_s for run in runs if run.decode_tokens_per_s]
+        steps = [run.step_s for run in runs if run.step_s]
         return {
             **dataclasses.asdict(case),
             "prefill_seconds": prefill,
             "total_seconds": total,
             "prefill_tokens_per_s": case.batch * case.prompt_tokens / prefill,
             "decode_tokens_per_s": decoded / (total - prefill) if decoded and total > prefill else None,
+            "decode_direct_tokens_per_s": median(direct) if direct else None,
+            "decode_step_seconds": median(steps) if steps else None,
             "all_prefill_seconds": prefills,
             "all_total_seconds": totals,
         }
+
+    def measure_mixed(self, case: Mixed, vocab: int, repeats: int, seed: int) -> dict[str, Any]:
+        """The case with its times; of the last run also when each request began and ended to answer."""
+        prompt_tokens, output_tokens = (list(part) for part in zip(*case.requests, strict=True))
+        warm_up, batch = (_prompts(prompt_tokens, vocab, (seed, part)) for part in range(2))
+        few = len(warm_up) // 8 + 1
+        self.timed(warm_up[:few], [min(count, 4) for count in output_tokens[:few]])
+        runs = [self.timed(batch, output_tokens) for _ in range(repeats)]
+        total = median(run.seconds for run in runs)
+        return {
+            "name": case.name,
+            "requests": [list(pair) for pair in case.requests],
+            "total_seconds": total,
+            "total_tokens_per_s": (sum(prompt_tokens) + sum(output_tokens)) / total,
+            "output_tokens_per_s": sum(output_tokens) / total,
+            "all_total_seconds": [run.seconds for run in runs],
+            "first_token_s": runs[-1].first_token_s,
+            "end_s": runs[-1].end_s,
+        }
+
+    def trace(self, case: Case, vocab: int, step_s: float, folder: Path) -> dict[str, Any]:
+        """How idle the device is while a batch is decoded."""
+        device_trace.warm_up(folder)
+        prompts = _prompts([case.prompt_tokens] * case.batch, vocab, (0, 2))
+        with device_trace.tracing(folder):
+            self.timed(prompts, [case.output_tokens] * case.batch)
+        found = device_trace.gaps(device_trace.read(folder), max(case.output_tokens * 3 // 4, 1), step_s)
+        return found or {"missing": "no kernels of a GPU in the trace"}
+
+
+def decode_rate(heard: Sequence[tuple[float, int]], begin: float, end: float) -> tuple[float | None, float | None]:
+    """Tokens per second after `begin` and before or at `end`, and the median time between two updates there.
+
+    Args:
+        heard: (time, tokens) of each update, in order.
+    """
+    inside = [(now, count) for now, count in heard if begin < now <= end]
+    if not inside or end <= begin:
+        return None, None
+    times = [begin, *(now for now, _ in inside)]
+    return sum(count for _, count in inside) / (end - begin), median(b - a for a, b in itertools.pairwise(times))
+
+
+def _prompts(lengths: Sequence[int], vocab: int, seed: tuple[int, int]) -> list[list[int]]:
+    generator = random.Random(f"{seed[0]}/{seed[1]}")
+    return [[generator.randrange(vocab) for _ in range(length)] for length in lengths]
 
 
 def roofline(case: Case, arch: Architecture, dtype: str, ceilings: Ceilings) -> dict[str, float]:
@@ -101,9 +186,22 @@ def roofline(case: Case, arch: Architecture, dtype: str, ceilings: Ceilings) -> 
     }
 
 
+def compared(case: Case, arch: Architecture, dtype: str, ceilings: Ceilings, result: dict[str, Any]) -> dict[str, Any]:
+    """The result beside its roofline."""
+    bounds = roofline(case, arch, dtype, ceilings)
+    shares = {}
+    for name, phase in (("prefill", "prefill"), ("decode", "decode"), ("decode_direct", "decode")):
+        rate = result[f"{name}_tokens_per_s"]
+        shares[f"{name}_of_roofline"] = rate and rate / bounds[f"roofline_{phase}_tokens_per_s"]
+    return result | bounds | shares
+
+
 def main(argv: list[str]) -> None:
     """Measure every case, print and write the results."""
+    begin = time.perf_counter()
     config, cases = load_config(), read_cases(Path(_CASES.value))
+    if _TRACE_CASE.value and _TRACE_CASE.value not in [case.name for case in cases if isinstance(case, Case)]:
+        raise ValueError(f"--trace_case={_TRACE_CASE.value} names none of the cases with a batch")
 
     import importlib.metadata
 
@@ -113,41 +211,73 @@ def main(argv: list[str]) -> None:
     output = Output(_OUTPUT_DIR.value)
     output.config(config)
     force_host_devices(config)
+    ceilings = measure(config.model.dtype)  # before the engine takes the memory
     updates: SimpleQueue[list[Update]] = SimpleQueue()
     engine = Engine(config, updates.put)
     engine.start()
-    results = []
+    arch, dtype = engine.executor.arch, engine.executor.dtype
+    results: list[dict[str, Any]] = []
+    summary: dict[str, Any] = {
+        "cases": results,
+        "dtype": dtype,
+        "ceilings": dataclasses.asdict(ceilings),
+        "instances": [dataclasses.asdict(instance) for instance in engine.executor.instances],
+        "build_seconds": time.perf_counter() - begin,
+        "jax": importlib.metadata.version("jax"),
+    }
+
+    def write() -> None:
+        summary["compilations_while_serving"] = engine.statistics()["compilations_while_serving"]
+        output.summary(summary | {"left_out": len(cases) - len(results)})
+
     try:
-        arch, dtype = engine.executor.arch, engine.executor.dtype
+        write()
         for case in cases:
-            needed = case.prompt_tokens + case.output_tokens
-            if needed > engine.max_model_len:
-                raise ValueError(f"case {case.name}: needs {needed} positions, the engine has {engine.max_model_len}")
+            if case.longest > engine.max_model_len:
+                raise ValueError(
+                    f"case {case.name}: needs {case.longest} positions, the engine has {engine.max_model_len}"
+                )  # fmt: skip
         bench = Bench(engine, updates)
         for seed, case in enumerate(tqdm(cases, desc="cases")):
-            results.append(bench.measure(case, arch.vocab_size, _REPEATS.value, seed))
-        compilations = engine.statistics()["compilations_while_serving"]
+            if time.perf_counter() - begin > _TIME_LIMIT_S.value:
+                break
+            if isinstance(case, Case):
+                found = bench.measure(case, arch.vocab_size, _REPEATS.value, seed)
+                found = compared(case, arch, dtype, ceilings, found)
+            else:
+                found = bench.measure_mixed(case, arch.vocab_size, _REPEATS.value, seed)
+            results.append(found)
+            write()
+            if case.name == _TRACE_CASE.value and isinstance(case, Case) and found["decode_step_seconds"]:
+                step_s = found["decode_step_seconds"]
+                summary["trace"] = {"case": case.name}
+                summary["trace"] |= bench.trace(case, arch.vocab_size, step_s, output.folder / "trace")
+                write()
     finally:
         engine.close()
-    ceilings = measure(dtype)
-    for case, result in zip(cases, results, strict=True):
-        result |= roofline(case, arch, dtype, ceilings)
-        for phase in ("prefill", "decode"):
-            rate = result[f"{phase}_tokens_per_s"]
-            result[f"{phase}_of_roofline"] = rate and rate / result[f"roofline_{phase}_tokens_per_s"]
-    output.summary(
-        {
-            "cases": results,
-            "dtype": dtype,
-            "ceilings": dataclasses.asdict(ceilings),
-            "compilations_while_serving": compilations,
-            "jax": importlib.metadata.version("jax"),
-        }
+    columns = (
+        "prefill_tokens_per_s",
+        "prefill_of_roofline",
+        "decode_tokens_per_s",
+        "decode_of_roofline",
+        "decode_direct_tokens_per_s",
+        "decode_direct_of_roofline",
+        "total_tokens_per_s",
     )
-    columns = ("prefill_tokens_per_s", "decode_tokens_per_s", "prefill_of_roofline", "decode_of_roofline")
-    header = ("case", "prefill tok/s", "decode tok/s", "of roofline", "of roofline")
-    print(table(header, [(result["name"], *(result[column] for column in columns)) for result in results]))
-    print(f"written to {output.folder}")
+    header = (
+        "case",
+        "prefill tok/s",
+        "of roofline",
+        "decode tok/s",
+        "of roofline",
+        "direct",
+        "of roofline",
+        "total tok/s",
+    )
+    print(table(header, [(result["name"], *(result.get(column) for column in columns)) for result in results]))
+    if "trace" in summary:
+        print({name: value for name, value in summary["trace"].items() if name != "kernels"})
+    print(f"{len(cases) - len(results)} of {len(cases)} cases left out; written to {output.folder}")
 
 
 if __name__ == "__main__":

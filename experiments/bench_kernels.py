@@ -93,7 +93,7 @@ def plan_seconds(load: Load, arrays: dict[str, Any]) -> float:
         workers = tuning.cores * tuning.workers_per_core
         plan = functools.partial(
             schedule.plan, kv_heads=load.kv_heads, block=decode.BLOCK, workers=workers, window=None
-        )  # type: ignore[assignment]
+        )
         names = ("lengths",)  # type: ignore[assignment]
     return device_seconds(jax.jit(plan), *(arrays[name] for name in names))
 

@@ -1,10 +1,12 @@
-"""Cases of the engine's benchmark: batches of equal requests."""
+"""Cases of the engine's benchmark: batches of equal requests, and lists of unequal ones."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from pathlib import Path
+from typing import Any
 
 FIELDS = {"name": str, "batch": int, "prompt_tokens": int, "output_tokens": int}
 
@@ -18,8 +20,27 @@ class Case:
     prompt_tokens: int
     output_tokens: int
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.prompt_tokens + self.output_tokens
 
-def read_cases(path: Path) -> list[Case]:
+
+@dataclasses.dataclass(frozen=True)
+class Mixed:
+    """Requests of all lengths, given at once."""
+
+    name: str
+    requests: tuple[tuple[int, int], ...]
+    """(prompt tokens, output tokens) of each."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(prompt + output for prompt, output in self.requests)
+
+
+def read_cases(path: Path) -> list[Case | Mixed]:
     """The cases of a file.
 
     Raises:
@@ -31,10 +52,35 @@ def read_cases(path: Path) -> list[Case]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, list) or not found:
         raise ValueError(f"{path} must hold a JSON list of at least one case")
-    for index, case in enumerate(found):
-        if not isinstance(case, dict) or case.keys() != FIELDS.keys():
-            raise ValueError(f"{path}: cases[{index}] must have exactly the keys {', '.join(FIELDS)}, got {case!r:.80}")
-        for field, kind in FIELDS.items():
-            if type(case[field]) is not kind or (kind is int and case[field] < 1):
-                raise ValueError(f"{path}: cases[{index}].{field} = {case[field]!r} must be a positive {kind.__name__}")
-    return [Case(**case) for case in found]
+    return [_case(f"{path}: cases[{index}]", case) for index, case in enumerate(found)]
+
+
+def mixed_requests(count: int, longest_prompt: int, longest_output: int, seed: int = 0) -> list[list[int]]:
+    """[prompt tokens, output tokens] of unlike requests: most are short, some are as long as allowed."""
+    generator = random.Random(seed)
+
+    def length(longest: int) -> int:
+        return max(1, min(longest, round(generator.lognormvariate(0, 1) * longest / 4)))
+
+    return [[length(longest_prompt), length(longest_output)] for _ in range(count)]
+
+
+def _case(where: str, case: Any) -> Case | Mixed:
+    if isinstance(case, dict) and case.keys() == {"name", "requests"}:
+        pairs = case["requests"]
+        good = isinstance(pairs, list) and all(
+            isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and n >= 1 for n in pair) for pair in pairs
+        )
+        if not good or not pairs:
+            raise ValueError(f"{where}.requests must be a list of [prompt tokens, output tokens], all at least 1")
+        if type(case["name"]) is not str:
+            raise ValueError(f"{where}.name = {case['name']!r} must be a str")
+        return Mixed(case["name"], tuple((prompt, output) for prompt, output in pairs))
+    if not isinstance(case, dict) or case.keys() != FIELDS.keys():
+        raise ValueError(
+            f"{where} must have exactly the keys {', '.join(FIELDS)}, or name, requests; got {case!r:.80}"
+        )  # fmt: skip
+    for field, kind in FIELDS.items():
+        if type(case[field]) is not kind or (kind is int and case[field] < 1):
+            raise ValueError(f"{where}.{field} = {case[field]!r} must be a positive {kind.__name__}")
+    return Case(**case)

@@ -52,9 +52,9 @@ class Load:
     @property
     def name(self) -> str:
         if not self.chunks:
-            return f"{self.model} {self.batch} x {self.context}"
+            return f"{self.model} decode {self.batch} x {self.context}"
         prefix, length = self.chunks[0]
-        return f"{self.model} {len(self.chunks)} x {length}" + (f" after {prefix}" if prefix else "")
+        return f"{self.model} prefill {len(self.chunks)} x {length}" + (f" after {prefix}" if prefix else "")
 
     @property
     def lengths(self) -> list[int]:

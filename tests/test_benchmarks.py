@@ -9,8 +9,11 @@ import pytest
 
 from ds_jax.config import FORETELLING
 from ds_jax.scheduling import POLICIES
-from experiments.engine_cases import read_cases
-from experiments.kernel_cases import Load
+from experiments import device_trace
+from experiments.bench_engine import decode_rate
+from experiments.device_trace import Span
+from experiments.engine_cases import Case, Mixed, mixed_requests, read_cases
+from experiments.kernel_cases import Load, loads
 from experiments.scheduler_drive import measure
 
 CASES = [(policy, False) for policy in sorted(POLICIES)] + [(policy, True) for policy in FORETELLING]
@@ -44,6 +47,10 @@ def test_loads_count_the_bytes_and_operations_of_attention():
             [{"name": "a", "batch": 0, "prompt_tokens": 1, "output_tokens": 1}],
             r"cases\[0\].batch = 0 must be a positive int",
         ),
+        (
+            [{"name": "a", "requests": [[1, 0]]}],
+            r"cases\[0\].requests must be a list of \[prompt tokens, output tokens\]",
+        ),
     ],
 )
 def test_a_wrong_case_file_is_refused_by_name(cases: list, reason: str, tmp_path: Path):
@@ -51,3 +58,45 @@ def test_a_wrong_case_file_is_refused_by_name(cases: list, reason: str, tmp_path
     path.write_text(json.dumps(cases))
     with pytest.raises(ValueError, match=reason):
         read_cases(path)
+
+
+def test_a_case_file_may_hold_batches_and_lists_of_requests(tmp_path: Path):
+    requests = mixed_requests(20, 64, 16)
+    path = tmp_path / "cases.json"
+    batch = {"name": "b", "batch": 2, "prompt_tokens": 8, "output_tokens": 4}
+    path.write_text(json.dumps([batch, {"name": "m", "requests": requests}]))
+    equal, mixed = read_cases(path)
+    assert equal == Case("b", 2, 8, 4)
+    assert isinstance(mixed, Mixed) and [list(pair) for pair in mixed.requests] == requests
+    assert mixed.longest <= 80 and all(1 <= prompt <= 64 and 1 <= output <= 16 for prompt, output in mixed.requests)
+    assert mixed_requests(20, 64, 16) == requests
+
+
+def test_the_loads_that_a_short_session_must_reach_come_first():
+    found = loads(["llama-3-8b", "opt-13b"], "bfloat16", 64, ("decode", "prefill"))
+    names = [load.name for load in found]
+    assert names[:6:2] == [
+        "llama-3-8b decode 32 x 2048",
+        "llama-3-8b decode 1 x 131072",
+        "llama-3-8b prefill 1 x 8192",
+    ]
+    assert len(names) == len(set(names)) == 2 * (25 + 5 + 1)
+    assert {load.operation for load in loads(["opt-13b"], "bfloat16", 64, ("prefill",))} == {"prefill"}
+
+
+def test_the_decode_rate_counts_only_what_comes_while_all_decode():
+    heard = [(1.0, 1), (2.0, 1), (3.0, 2), (4.0, 2), (5.0, 2), (9.0, 1)]
+    assert decode_rate(heard, 2.0, 5.0) == (2.0, 1.0)
+    assert decode_rate(heard, 5.0, 5.0) == (None, None)
+
+
+def test_idle_time_is_what_no_stream_of_the_device_fills():
+    step = [Span(0, 40, "a"), Span(30, 60, "b"), Span(62, 90, "a")]  # two streams; 2 idle inside, 10 between
+    spans = [Span(begin + 100 * i, end + 100 * i, name) for i in range(10) for begin, end, name in step]
+    found = device_trace.gaps(spans, 5, 99e-9)
+    assert found is not None
+    assert found["window_s"] == pytest.approx(490e-9)
+    assert found["idle_share"] == pytest.approx((5 * 2 + 4 * 10) / 490)
+    assert found["between_steps_share"] == pytest.approx(4 * 10 / 490)
+    assert found["kernels"]["a"] == pytest.approx(68e-9)
+    assert device_trace.gaps([], 5, 1.0) is None
