@@ -37,9 +37,10 @@ _TIME_LIMIT_S = flags.DEFINE_float("time_limit_s", 240.0, "When it is over, what
 _INSTALL = flags.DEFINE_bool("install", False, "Write the file into kernels/tuned/.")
 
 CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
-    "decode": {"stages": (2, 3, 4, 6), "workers_per_core": (1, 2, 3)},
-    "prefill": {"block": (64, 128), "stages": (2, 3, 4)},
+    "decode": {"stages": (2, 4, 3, 6), "workers_per_core": (2, 1, 3)},
+    "prefill": {"block": (128, 64), "stages": (2, 3, 4)},
 }
+"""What is tried, likely ones first."""
 LINKS = 4
 """Calls of a chain."""
 WRONG = 2e-2
@@ -119,7 +120,7 @@ def main(argv: list[str]) -> None:
         found = {"device": kind, "date": datetime.date.today().isoformat(), "jax": jax.__version__, **best}
         output.summary({"choices": rows, "best": best, "left_out": len(every) - len(rows)})
         output.json(tuning.file_of(kind).name, found)
-    if _INSTALL.value:
+    if _INSTALL.value and found:
         tuning.FOLDER.mkdir(exist_ok=True)
         tuning.file_of(kind).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     shown = [(name, sizes, str(fields)) for name, of in best_of(rows).items() for sizes, fields in of.items()]
