@@ -250,7 +250,9 @@ class DecodeState(NamedTuple):
 
     def stepped(self, rows: Array, tokens: Int[Array, " B"], active: Array) -> Array:
         """The rows after a step that sampled these tokens."""
-        return rows.at[:, 0].set(jnp.where(active, tokens, self.token)).at[:, 1].add(active)
+        # Put together anew: an update in place would be several small kernels on a GPU.
+        fed = jnp.stack([jnp.where(active, tokens, self.token), self.position + active], axis=1)
+        return jnp.concatenate([fed, rows[:, 2:]], axis=1)
 
 
 FIRST_PAGE = 3 + sampling.COLUMNS
