@@ -4,8 +4,8 @@ python -m experiments.profile --config=configs/story.py --output_dir=out/profile
 
 For every tensor parallelism in the configuration one instance that prefills and decodes is built, with the
 configuration's step sizes and slots, and one beside it to copy pages to, where there are devices for it. OUTPUT_DIR
-gets profile.json, for `scheduler.latency_profile` and the simulator; summary.json with every measurement and what the
-fit makes of it; config.json, and figures of measured against fitted.
+gets profile.json, for `scheduler.latency_profile` and the simulator, first of few measurements and then of more;
+summary.json with every measurement and what the fit makes of it; config.json, and figures of measured against fitted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
@@ -44,6 +44,8 @@ _TIME_LIMIT_S = flags.DEFINE_float(
 KINDS = ("prefill", "decode", "mixed")
 FEWEST = 3
 """Measurements of a kind without which there is no fit."""
+SAVE_EVERY = 12
+"""Steps measured between two versions of profile.json."""
 COPY_PAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 HOST_PAGES = 64
 
@@ -77,8 +79,16 @@ def main(argv: list[str]) -> None:
     import jax
 
     devices = jax.devices()
-    found = [measure(config, tp, devices, _TIME_LIMIT_S.value) for tp in tps]
-    profile = profile_of(found, device=devices[0].device_kind, model=Path(config.model.path).name)
+    named = {"device": devices[0].device_kind, "model": Path(config.model.path).name}
+    found: list[Measured] = []
+
+    def save(so_far: Measured) -> None:
+        """What there is already is of use to somebody who has no time for the rest."""
+        profile_of([*found, so_far], **named).save(output.folder / "profile.json")
+
+    for tp in tps:
+        found.append(measure(config, tp, devices, _TIME_LIMIT_S.value, save))
+    profile = profile_of(found, **named)
     profile.save(output.folder / "profile.json")
     rows = list(report(found, profile))
     for one in found:
@@ -128,8 +138,17 @@ def bench_config(config: Config, tp: int, instances: int) -> Config:
     )
 
 
-def measure(config: Config, tp: int, devices: Sequence[jax.Device], limit_s: float) -> Measured:
+def measure(
+    config: Config,
+    tp: int,
+    devices: Sequence[jax.Device],
+    limit_s: float,
+    save: Callable[[Measured], None] = lambda so_far: None,
+) -> Measured:
     """Build instances with this tensor parallelism, and time a grid of steps and copies.
+
+    Args:
+        save: called now and then with what has been measured, once it is enough for a fit.
 
     Raises:
         ValueError: there are fewer devices than tp, or the model does not fit.
@@ -166,6 +185,8 @@ def measure(config: Config, tp: int, devices: Sequence[jax.Device], limit_s: flo
                     found.left_out = len(turns) - done
                     break
                 found.steps[kind].append((work, watch.step_s(instance.id, work)))
+                if done % SAVE_EVERY == SAVE_EVERY - 1 and all(len(found.steps[kind]) >= FEWEST for kind in KINDS):
+                    save(found)
     finally:
         executor.close()
     for kind in KINDS:
