@@ -32,8 +32,8 @@ define_config(PlanConfig, default_file="configs/plan_opt_13b_a100.py")
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for the results.", required=True)
 _BESIDE = flags.DEFINE_list(
     "beside",
-    ["disaggregated", "colocated", "multiplexed", "deflected"],
-    "Policies to be compared with, by name; not for a plan with several applications.",
+    ["disaggregated", "colocated", "multiplexed"],
+    "Policies to be compared with, by name (deflected takes the longest); not for a plan with several applications.",
 )
 EXTRAPOLATED = "extrapolated: step times are worked out from published figures of GPU and model, not measured"
 
