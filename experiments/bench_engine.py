@@ -142,6 +142,12 @@ class Bench:
 
     def trace(self, case: Case, vocab: int, step_s: float, folder: Path) -> dict[str, Any]:
         """How idle the device is while a batch is decoded."""
+        try:
+            return self._traced(case, vocab, step_s, folder)
+        except Exception as reason:  # a profiler that does not work here must not end the benchmark
+            return {"missing": f"{type(reason).__name__}: {reason}"[:300]}
+
+    def _traced(self, case: Case, vocab: int, step_s: float, folder: Path) -> dict[str, Any]:
         device_trace.warm_up(folder)
         prompts = _prompts([case.prompt_tokens] * case.batch, vocab, (0, 2))
         with device_trace.tracing(folder):

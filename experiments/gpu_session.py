@@ -62,9 +62,9 @@ PARTS = {
 """Seconds of each part, 480 in all, most important first."""
 
 LLAMA_CASES: list[dict[str, Any]] = [
-    {"name": "b32", "batch": 32, "prompt_tokens": 1024, "output_tokens": 64},
     {"name": "b1", "batch": 1, "prompt_tokens": 1024, "output_tokens": 64},
     {"name": "b128", "batch": 128, "prompt_tokens": 512, "output_tokens": 64},
+    {"name": "b32", "batch": 32, "prompt_tokens": 1024, "output_tokens": 64},
     {"name": "prefill8k", "batch": 1, "prompt_tokens": 8000, "output_tokens": 2},
     {"name": "mixed256", "requests": mixed_requests(256, 1024, 256)},
 ]
@@ -194,7 +194,7 @@ LOG_LINES = 60
 _TEST = re.compile(r"^(\S+::.*?\]) ?(PASSED|FAILED|SKIPPED|ERROR)?", re.MULTILINE)
 
 
-def tests_of(log: str) -> dict[str, str]:
+def outcomes_of(log: str) -> dict[str, str]:
     """What became of each test in a log of `pytest -vv`; `unfinished`: it had begun when the log ends."""
     found: dict[str, str] = {}
     for name, outcome in _TEST.findall(log):
@@ -206,14 +206,14 @@ def tests_of(log: str) -> dict[str, str]:
 class Session:
     """What came of the parts so far, and the files that say so."""
 
-    def __init__(self, output: Path, work: Path):
+    def __init__(self, output: Path, work: Path, quick: bool = False):
         self.output, self.work = output, work
         output.mkdir(parents=True, exist_ok=True)
         self.told: dict[str, dict[str, Any]] = {}
         self.head: dict[str, Any] = {
             "command": " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]]),
             "begun": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "quick": _QUICK.value,
+            "quick": quick,
             **surroundings(),
         }
         self._begin = time.perf_counter()
@@ -221,7 +221,7 @@ class Session:
     def collect(self, part: Part, outcome: str, seconds: float, share_s: float) -> None:
         """Note what a part has left so far; a file that is being written keeps the content it had before."""
         before = self.told.get(part.name, {})
-        log = (self.work / f"{part.name}.log").read_text(encoding="utf-8", errors="replace")
+        log = (self.work / f"{part.name}.log").read_bytes().decode("utf-8", errors="replace")
         files = dict(before.get("files", {}))
         for path in sorted((self.work / part.name).glob("*.json")):
             try:
@@ -233,7 +233,7 @@ class Session:
         ]  # of a progress bar its last state
         told = {"outcome": outcome, "seconds": round(seconds, 1), "share_s": round(share_s, 1), "files": files}
         if part.name.startswith("tests_"):
-            told["tests"] = tests_of(log)
+            told["tests"] = outcomes_of(log)
         self.told[part.name] = before | told | {"log": [line[:300] for line in lines[-LOG_LINES:]]}
 
     def write(self) -> None:
@@ -347,7 +347,7 @@ def main(argv: list[str]) -> None:
         wanted = [part for part in every if part.name in (_ONLY.value or PARTS)]
         if _QUICK.value:
             wanted = [part for part in wanted if part.name != "tuning"]  # which needs the device
-        session = Session(Path(_OUTPUT_DIR.value).resolve(), work)
+        session = Session(Path(_OUTPUT_DIR.value).resolve(), work, _QUICK.value)
         session.write()
         scale, allowed = _TIME_LIMIT_S.value / sum(PARTS[part.name] for part in wanted), 0.0
         for part in wanted:

@@ -67,9 +67,13 @@ def triton(load: Load, arrays: dict[str, Any], links: int) -> float:
     rest = {"block_tables": arrays["page_table"], "lengths": arrays["lengths"]}
     scaled = arrays["q"] * load.head_dim**-0.5
     width = rest["block_tables"].shape[1]
-    # Splits and blocks must divide the pages of a sequence; its own defaults are 16 and 8.
+    # Splits and blocks must divide the pages of a sequence; its own defaults are 16 and 8, for pages of 16.
     splits = next(number for number in (16, 8, 4, 2, 1) if width % number == 0)
-    pages = next(number for number in (8, 4, 2, 1) if width // splits % number == 0)
+    pages = next(
+        number
+        for number in (8, 4, 2, 1)
+        if number == 1 or (width // splits % number == 0 and number * load.page_size <= 128)
+    )
     attend = functools.partial(paged.paged_attention, k_splits=splits, pages_per_compute_block=pages)
     chain = chained(attend, links)
     return device_seconds(lambda: chain(q=scaled, **pools, **rest)) / links
@@ -119,10 +123,10 @@ def flashinfer(load: Load, arrays: dict[str, Any], links: int) -> float:
 
 
 Peer = Callable[[Load, dict[str, Any], int], float]
-INSIDE: dict[str, Peer] = {"cudnn": cudnn, "triton": triton}
-"""Peers inside JAX: measured beside our own kernel."""
-OUTSIDE: dict[str, Peer] = {"torch": torch, "flashinfer": flashinfer}
-"""Peers with libraries of their own, which take seconds to import: measured when all else is done."""
+BESIDE: dict[str, Peer] = {"cudnn": cudnn}
+"""Measured beside our own kernel."""
+AFTER: dict[str, Peer] = {"triton": triton, "torch": torch, "flashinfer": flashinfer}
+"""Measured when our own are done: they take seconds to import, or might leave the device in a state that ends all."""
 
 
 def ask(peer: Peer, load: Load, arrays: dict[str, Any], links: int = 1) -> tuple[float | None, str | None]:
