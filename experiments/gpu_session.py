@@ -49,13 +49,13 @@ _TIME_LIMIT_S = flags.DEFINE_float(
 _QUICK = flags.DEFINE_bool("quick", False, "Try the command itself, with a tiny model.")
 
 PARTS = {
-    "tests_decode": 40,
-    "tests_prefill": 40,
-    "kernels_decode": 65,
-    "kernels_prefill": 45,
-    "llama_3_8b": 110,
-    "opt_13b": 80,
-    "profile": 65,
+    "tests_decode": 35,
+    "tests_prefill": 35,
+    "kernels_decode": 60,
+    "kernels_prefill": 40,
+    "llama_3_8b": 120,
+    "opt_13b": 85,
+    "profile": 70,
     "prediction": 5,
     "tuning": 30,
 }
