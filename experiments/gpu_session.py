@@ -139,7 +139,7 @@ def parts(folder: Path, quick: bool) -> list[Part]:
 
     def kernels(operation: str) -> tuple[str, ...]:
         models = ("--models=llama-3-8b", "--models=opt-13b")
-        few = ("--models=llama-3.2-1b", "--most_gib=0.002", "--most_loads=1")
+        few = ("--models=llama-3.2-1b", "--most_gib=0.01", "--most_loads=1")
         return module("bench_kernels", f"kernels_{operation}", f"--operations={operation}", *(few if quick else models))
 
     llama, opt = (STORY, STORY) if quick else (LLAMA, OPT)

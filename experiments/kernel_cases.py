@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -92,21 +91,23 @@ class Load:
         table = np.zeros((len(lengths), max(used)), np.int32)
         for row, count in enumerate(used):
             table[row, :count], order = order[:count], order[count:]
-        keys = jax.random.split(jax.random.key(0), 3)
-        shape = (self.pages, self.kv_heads, self.page_size, self.head_dim)
+        pool = (self.pages, self.kv_heads, self.page_size, self.head_dim)
         tokens = sum(length for _, length in self.chunks) or self.batch
         rest: dict[str, Any] = {"lengths": jnp.asarray(lengths, jnp.int32)}
         if self.chunks:
             prefixes, chunks = np.array(self.chunks, np.int32).T
             rest = {"starts": np.cumsum(chunks) - chunks, "lengths": chunks, "contexts": prefixes}
             rest = {name: jnp.asarray(value, jnp.int32) for name, value in rest.items()}
-        return {
-            "q": jax.random.normal(keys[0], (tokens, self.heads, self.head_dim), self.dtype),
-            "k_pages": jax.random.normal(keys[1], shape, self.dtype),
-            "v_pages": jax.random.normal(keys[2], shape, self.dtype),
-            "page_table": jnp.asarray(table),
-            **rest,
-        }
+        shapes = {"q": (tokens, self.heads, self.head_dim), "k_pages": pool, "v_pages": pool}
+
+        def floats() -> dict[str, jax.Array]:
+            keys = jax.random.split(jax.random.key(0, impl="rbg"), len(shapes))  # quick to compile and to run
+            return {
+                name: jax.random.normal(key, shape, self.dtype)
+                for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+            }
+
+        return {**jax.jit(floats)(), "page_table": jnp.asarray(table), **rest}
 
 
 def loads(models: list[str], dtype: str, page_size: int, operations: Collection[str]) -> list[Load]:
@@ -137,11 +138,16 @@ def error(load: Load, arrays: dict[str, Any], out: Any) -> float:
 
     length = load.lengths[0]
     row = load.chunks[0][1] - 1 if load.chunks else 0
-    pages = arrays["page_table"][0, : -(-length // load.page_size)]
-    query = arrays["q"][row : row + 1].astype(jnp.float32)
-    pools = [arrays[name][pages].astype(jnp.float32) for name in ("k_pages", "v_pages")]
-    own = jnp.arange(len(pages), dtype=jnp.int32)[None]
-    attend: Any = functools.partial(paged_decode_attention.definition.attend, scale=load.head_dim**-0.5)
-    expected = jax.jit(attend)(query, *pools, own, jnp.array([length]))
-    found = out[row : row + 1].astype(jnp.float32)
-    return float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected))
+    used = -(-length // load.page_size)
+
+    def compare(q: Any, k_pages: Any, v_pages: Any, page_table: Any, out: Any) -> Any:
+        pages = page_table[0, :used]
+        pools = [pool[pages].astype(jnp.float32) for pool in (k_pages, v_pages)]
+        own = jnp.arange(used, dtype=jnp.int32)[None]
+        attend: Any = paged_decode_attention.definition.attend
+        query, found = (array[row : row + 1].astype(jnp.float32) for array in (q, out))
+        expected = attend(query, *pools, own, jnp.array([length]), scale=load.head_dim**-0.5)
+        return jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected)
+
+    inputs = (arrays[name] for name in ("q", "k_pages", "v_pages", "page_table"))
+    return float(jax.jit(compare)(*inputs, out))

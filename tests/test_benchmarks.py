@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
 from ds_jax.config import FORETELLING
@@ -100,3 +101,16 @@ def test_idle_time_is_what_no_stream_of_the_device_fills():
     assert found["between_steps_share"] == pytest.approx(4 * 10 / 490)
     assert found["kernels"]["a"] == pytest.approx(68e-9)
     assert device_trace.gaps([], 5, 1.0) is None
+
+
+def test_of_a_trace_only_the_streams_of_a_gpu_are_read(tmp_path: Path):
+    lines = "".join(
+        f'lines {{ name: "{name}" timestamp_ns: 1000 events {{ metadata_id: 1 offset_ps: 5000 duration_ps: 7000 }} }}'
+        for name in ("Stream #13(Compute)", "XLA Ops")
+    )
+    names = 'event_metadata { key: 1 value { id: 1 name: "kernel" } }'
+    planes = "".join(f'planes {{ name: "{name}" {lines} {names} }}' for name in ("/host:CPU", "/device:GPU:0"))
+    assert device_trace.read(tmp_path) == []
+    written = jax.profiler.ProfileData.text_proto_to_serialized_xspace(planes)
+    (tmp_path / "machine.xplane.pb").write_bytes(written)
+    assert device_trace.read(tmp_path) == [Span(1005.0, 1012.0, "kernel")]
