@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +34,7 @@ from ds_jax.architecture import DTYPE_BYTES, Architecture
 from ds_jax.flags import define_config, load_config, run
 from experiments import device_trace
 from experiments.ceilings import Ceilings, measure
-from experiments.engine_cases import Case, Mixed, read_cases
+from experiments.engine_cases import Case, Mixed, random_prompts, read_cases
 from experiments.output import Output, table
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ class Bench:
 
     def measure(self, case: Case, vocab: int, repeats: int, seed: int) -> dict[str, Any]:
         """The case with its times."""
-        warm_up, batch = (_prompts([case.prompt_tokens] * case.batch, vocab, (seed, part)) for part in range(2))
+        warm_up, batch = (random_prompts([case.prompt_tokens] * case.batch, vocab, (seed, part)) for part in range(2))
         self.timed(warm_up, [min(case.output_tokens, 4)] * case.batch)
         prefills, runs = [], []
         for _ in range(repeats):
@@ -124,7 +123,7 @@ class Bench:
     def measure_mixed(self, case: Mixed, vocab: int, repeats: int, seed: int) -> dict[str, Any]:
         """The case with its times; of the last run also when each request began and ended to answer."""
         prompt_tokens, output_tokens = (list(part) for part in zip(*case.requests, strict=True))
-        warm_up, batch = (_prompts(prompt_tokens, vocab, (seed, part)) for part in range(2))
+        warm_up, batch = (random_prompts(prompt_tokens, vocab, (seed, part)) for part in range(2))
         few = len(warm_up) // 8 + 1
         self.timed(warm_up[:few], [min(count, 4) for count in output_tokens[:few]])
         runs = [self.timed(batch, output_tokens) for _ in range(repeats)]
@@ -149,7 +148,7 @@ class Bench:
 
     def _traced(self, case: Case, vocab: int, step_s: float, folder: Path) -> dict[str, Any]:
         device_trace.warm_up(folder)
-        prompts = _prompts([case.prompt_tokens] * case.batch, vocab, (0, 2))
+        prompts = random_prompts([case.prompt_tokens] * case.batch, vocab, (0, 2))
         with device_trace.tracing(folder):
             self.timed(prompts, [case.output_tokens] * case.batch)
         found = device_trace.gaps(device_trace.read(folder), max(case.output_tokens * 3 // 4, 1), step_s)
@@ -167,11 +166,6 @@ def decode_rate(heard: Sequence[tuple[float, int]], begin: float, end: float) ->
         return None, None
     times = [begin, *(now for now, _ in inside)]
     return sum(count for _, count in inside) / (end - begin), median(b - a for a, b in itertools.pairwise(times))
-
-
-def _prompts(lengths: Sequence[int], vocab: int, seed: tuple[int, int]) -> list[list[int]]:
-    generator = random.Random(f"{seed[0]}/{seed[1]}")
-    return [[generator.randrange(vocab) for _ in range(length)] for length in lengths]
 
 
 def roofline(case: Case, arch: Architecture, dtype: str, ceilings: Ceilings) -> dict[str, float]:

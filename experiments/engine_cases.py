@@ -1,10 +1,14 @@
-"""Cases of the engine's benchmark: batches of equal requests, and lists of unequal ones."""
+"""Cases of the engine's benchmark: batches of equal requests, and lists of unequal ones.
+
+Needs Python's own library only, since peers read these cases in environments of theirs (peer_requests.py).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +67,12 @@ def mixed_requests(count: int, longest_prompt: int, longest_output: int, seed: i
         return max(1, min(longest, round(generator.lognormvariate(0, 1) * longest / 4)))
 
     return [[length(longest_prompt), length(longest_output)] for _ in range(count)]
+
+
+def random_prompts(lengths: Sequence[int], vocab: int, seed: tuple[int, int]) -> list[list[int]]:
+    """Prompts of these lengths; the same for everybody who asks with this seed (number of the case, which batch)."""
+    generator = random.Random(f"{seed[0]}/{seed[1]}")
+    return [[generator.randrange(vocab) for _ in range(length)] for length in lengths]
 
 
 def _case(where: str, case: Any) -> Case | Mixed:
