@@ -1,4 +1,7 @@
-"""All prompts at once on a CPU: one instance that prefills and decodes, large pages, as many slots as requests.
+"""All prompts at once on a CPU of two cores: one instance that prefills and decodes, as many slots as requests.
+
+Two host devices (tp = 2), because a loop over pages runs on one thread: each core has the loop over half of the heads.
+Pages are large.
 
 Made for experiments.bench_engine; name a checkpoint with --config.model.path=FOLDER.
 """
@@ -10,6 +13,6 @@ config = Config(
     policy="colocated",
     prefill=PrefillConfig(instances=0),
     decode=DecodeConfig(instances=0),
-    mixed=MixedConfig(instances=1, slots=64, max_step_tokens=2048, max_step_sequences=16),
+    mixed=MixedConfig(instances=1, tp=2, slots=64, max_step_tokens=2048, max_step_sequences=16),
     cache=CacheConfig(page_size=32, num_pages=1280),
 )
