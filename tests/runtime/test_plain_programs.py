@@ -28,7 +28,7 @@ from tests.runtime.harness import GREEDY, Bench, bench, write_config
 
 SHAPES = Shapes(pages=100, page_size=16, max_model_len=64, slots=4, rows=3, token_buckets=(16,), mixes=True)
 PROGRAMS: dict[str, tuple[Program, int]] = {
-    "decode": (programs.decode, SHAPES.slots),
+    "decode": (programs.decode, 1),
     "prefill": (programs.prefill, 16),
     "mixed": (mixed.mixed, 16),
 }

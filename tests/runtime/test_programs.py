@@ -19,7 +19,7 @@ from ds_jax.runtime.sequence import Sequence
 from ds_jax.runtime.shapes import Shapes
 from ds_jax.sampling import SamplingParams, TokenLogprobs
 from models.sharding import make_mesh
-from models.transformer import abstract_params
+from models.transformer import abstract_params, project
 
 SHAPES = Shapes(pages=1000, page_size=4, max_model_len=32, slots=4, rows=3, token_buckets=(8, 16))
 
@@ -211,3 +211,12 @@ def test_a_small_batch_is_the_first_slots_of_a_large_one():
         results.append((pool, state, tokens[:2]))
     whole, small = results
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-4), whole, small)
+
+
+def test_one_row_of_a_short_type_is_multiplied_without_a_float32_copy_of_the_weight():
+    random = np.random.default_rng(0)
+    x, weight = (jnp.asarray(random.normal(size=shape), jnp.bfloat16) for shape in ((1, 256), (512, 256)))
+    compiled = jax.jit(project).lower(x, weight).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < weight.size
+    expected = np.asarray(x, np.float32) @ np.asarray(weight, np.float32).T
+    np.testing.assert_allclose(np.asarray(compiled(x, weight), np.float32), expected, rtol=2**-8, atol=1e-4)
