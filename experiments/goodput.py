@@ -158,7 +158,7 @@ def _print(cases: Sequence[Case], every: Sequence[Trial], values: dict[str, Any]
         for system, result in zip(one.systems, one.results.values(), strict=True)
     ]  # fmt: skip
     print("goodput in requests/s per GPU; SLO scale: the tightest that 90 % keep at vLLM's goodput; *: extrapolated; "
-          "99 %: - where it is less than a quarter of that at 90 %")  # fmt: skip
+          "99 %: - where it is less than a third of that at 90 %")  # fmt: skip
     print(table(header, shown))
     for case in cases:
         entry = values["workloads"][case.name]
