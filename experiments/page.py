@@ -145,7 +145,8 @@ def _section(one: Outcome) -> str:
         flags = html.escape(" ".join(("", *one.arguments)))
         parts.append(f'<p class="dim">experiments.{one.experiment.module}{flags}: {one.seconds:.0f} s{cpu}</p>\n')
     if requests := one.summary.get("requests"):
-        told = ", ".join(f"{count} by the {rule} rule" for rule, count in requests.items())
+        counts = requests.items() if isinstance(requests, dict) else ()
+        told = ", ".join(f"{count} by the {rule} rule" for rule, count in counts) or str(requests)
         if "search_requests" in one.summary:
             told += f"; placements were found in runs of {one.summary['search_requests']} at most"
         parts.append(f'<p class="dim">requests a run: {html.escape(told)}</p>\n')

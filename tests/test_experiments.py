@@ -105,13 +105,21 @@ def test_the_page_is_whole_and_fetches_nothing(reproduced):
 def test_a_failed_experiment_is_shown_as_failed_and_markup_is_escaped(tmp_path):
     outcomes = [
         Outcome(Experiment("one", "one", "The first <b>"), 1.0, "one: it is <broken>"),
-        Outcome(Experiment("two", "two", "The second"), 2.0, "", "printed & done", {"extrapolated": ["a", "b"]}),
+        Outcome(
+            Experiment("two", "two", "The second"),
+            2.0,
+            "",
+            "printed & done",
+            {"extrapolated": ["a", "b"], "requests": {"joint": 1000}},
+        ),  # fmt: skip
+        Outcome(Experiment("four", "four", "The fourth"), 2.0, "", "done", {"requests": 14195}),
         Outcome(Experiment("three", "three", "The third"), None, NOT_RUN),
     ]
     compared = [{**row, "quick": False} for row in rows([Compared("a < b", "1", "2", "why", extrapolated=True)])]
     text = page(outcomes, compared)
     assert "failed: one: it is &lt;broken&gt;" in text and "a &lt; b" in text and "printed &amp; done" in text
     assert "step times of a, b are worked out" in text and "Failed: one." in text and "Not run: three." in text
+    assert "requests a run: 1000 by the joint rule<" in text and "requests a run: 14195<" in text
     assert "--quick" not in text
     Balanced().check(text)
 
