@@ -200,3 +200,12 @@ def multiplexed_units(arch: Architecture, plan: PlanConfig, policy: str) -> list
         if first != second:
             units.append(Unit((Group(Role.PREFILL, first), Group(Role.MIXED, second))))
     return units
+
+
+def units_of(policy: str, arch: Architecture, plan: PlanConfig) -> list[Unit]:
+    """All units that a policy may be placed in, both phases together."""
+    if policy == "disaggregated":
+        return paired_units(arch, plan)
+    if policy in ("colocated", "chunked"):
+        return colocated_units(arch, plan)
+    return multiplexed_units(arch, plan, policy)

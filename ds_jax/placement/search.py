@@ -25,13 +25,11 @@ from ds_jax.placement.hardware import Hardware
 from ds_jax.placement.layouts import (
     Shape,
     Unit,
-    colocated_units,
     lone_units,
     most_copies,
-    multiplexed_units,
     nodes_for,
-    paired_units,
     split_by_kind,
+    units_of,
 )
 from ds_jax.placement.race import Candidate, Judged, Pool, Race, find_goodput
 from ds_jax.placement.refusal import why_infeasible
@@ -172,12 +170,7 @@ class PlacementSearch:
                 "disaggregated: affinity = low puts both phases on the same nodes, but cluster.decode_gpu = "
                 f"{plan.cluster.decode_gpu} has nodes of its own; it must be high"
             )
-        if policy == "disaggregated":
-            units = paired_units(arch, plan)
-        elif policy in ("colocated", "chunked"):
-            units = colocated_units(arch, plan)
-        else:
-            units = multiplexed_units(arch, plan, policy)
+        units = units_of(policy, arch, plan)
         return self._replicated(policy, self._best([Candidate(unit, policy) for unit in units], policy))
 
     # --- Algorithm 1 --------------------------------------------------------------------------------------------------

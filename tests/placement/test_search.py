@@ -15,12 +15,12 @@ from ds_jax.placement.layouts import (
     Group,
     Shape,
     Unit,
-    colocated_units,
     located,
     most_copies,
     multiplexed_units,
     paired_units,
     shapes,
+    units_of,
 )
 from ds_jax.placement.search import Candidate, Infeasible, PlacementSearch, find_goodput
 from ds_jax.placement.sketch import MARGIN, SKETCHED
@@ -161,13 +161,8 @@ def test_no_bound_and_no_sketch_is_below_what_simulation_finds(policy, rule):
     plan = replace(SMALL, policy=policy, search=replace(SMALL.search, rule=rule))
     search = _search(plan)
     arch = search.hardware.arch
-    if policy == "disaggregated":
-        units = paired_units(arch, plan)
-    elif policy in ("colocated", "chunked"):
-        units = colocated_units(arch, plan)
-    else:
-        units = multiplexed_units(arch, plan, policy)
-        assert policy == "multiplexed" or Unit((Group(Role.MIXED, Shape(1, 1), 3),)) in units
+    units = units_of(policy, arch, plan)
+    assert policy != "deflected" or Unit((Group(Role.MIXED, Shape(1, 1), 3),)) in units
     for unit in units if policy not in ("multiplexed", "deflected") else units[::3]:
         limit = bound(unit, plan, search.hardware, search.requests, policy=policy)
         highest = 5.0 if rule == "published" else 50.0
