@@ -62,15 +62,26 @@ class Decoding:
         self.inbox_pages -= self._pages(sequence)
         return True
 
+    @property
+    def full(self) -> bool:
+        """Whether sequences without a slot hold so much that nothing is pulled."""
+        return self.waiting_pages > 0 and self.waiting_pages >= self._pull_limit
+
     def pull(self, flight: Flight) -> Copy | None:
         """The pull rule: FIFO; while sequences without a slot hold less than the watermark, and the pages are free.
 
         Asks for room for the token after the prompt too, so that what was pulled can take at least one step. Full
-        pages of the prompt that a sequence of the same request has here already are shared, not pulled again.
+        pages of the prompt that a sequence of the same request has here already are shared, not pulled again. Leaves
+        pages for an older prompt that waits here to be prefilled: hand-overs could keep it from them for ever.
         """
         sequence = next(iter(self.inbox.values()), None)
-        if sequence is None or self.swapped or (self.waiting_pages and self.waiting_pages >= self._pull_limit):
+        if sequence is None or self.swapped or self.full:
             return None
+        prompt = self._worker.prompts.head
+        if prompt is not None and prompt.order < sequence.order:
+            pages = self._pages(prompt) + self._pages(sequence)
+            if pages + self._ledger.promised > self._ledger.free:
+                return None
         shared: list[int] = []
         if len(sequence.family) > 1:
             relatives = [relative for relative in sequence.family if relative is not sequence]

@@ -243,7 +243,7 @@ class Deflected(SlackPolicy):
 
     def _fits(self, worker: Worker, sequence: Sequence) -> bool:
         """Whether the worker may start it now: it is able to, and has pages beside those promised to hand-overs."""
-        if not worker.prompts.can_start(sequence, spare=worker.decoding.inbox_pages):
+        if not worker.can_start_beside(sequence):
             return False
         if worker not in self._able(sequence):
             return False

@@ -158,7 +158,7 @@ class Multiplexed(SlackPolicy):
             for worker in workers
             if not worker.prompts.load
             and self.below_watermark(worker, sequence.tokens)
-            and worker.prompts.can_start(sequence, spare=worker.decoding.inbox_pages)
+            and worker.can_start_beside(sequence)
             and self._ends_ns(sequence, worker) <= self.foresight(worker).due_ns(ahead=1)
         ]
         return min(able, key=decode_tokens, default=None)
@@ -172,7 +172,7 @@ class Multiplexed(SlackPolicy):
             worker
             for worker in workers
             if not worker.prompts.load
-            and worker.prompts.can_start(sequence, spare=worker.decoding.inbox_pages)
+            and worker.can_start_beside(sequence)
             and decode_tokens(worker) <= MOST_DECODE_TOKENS
             and self._slowest_decode_s(worker) <= SLOWEST_DECODE_S
             # the next token's due time, ahead = 1, has that SLO_tpot in it

@@ -36,6 +36,8 @@ class Worker:
         self.draining = False
         self.host = PageLedger(instance.host_pages, instance.page_size)
         """Pages in host memory, of sequences that are swapped out."""
+        self._on_device = Place(instance.id, instance.epoch, Medium.DEVICE)
+        self._on_host = Place(instance.id, instance.epoch, Medium.HOST)
         self.decoding = Decoding(self, pull_watermark)
         self.prompts = Prompts(instance, self.ledger, self.decoding.swapped)
         self.swaps = swaps
@@ -44,8 +46,7 @@ class Worker:
 
     def place_of(self, lease: Lease) -> Place:
         """The end of a copy that these pages of the worker are."""
-        medium = Medium.HOST if lease.ledger is self.host else Medium.DEVICE
-        return Place(self.instance.id, self.instance.epoch, medium)
+        return self._on_host if lease.ledger is self.host else self._on_device
 
     @property
     def load(self) -> int:
@@ -67,6 +68,14 @@ class Worker:
         """Whether so many sequences more would find slots here, beside all that decode and are being prefilled."""
         instance = self.instance
         return self.decoding.count + self.prompts.running + count <= max(instance.slots * instance.lanes, count)
+
+    def can_start_beside(self, sequence: Sequence) -> bool:
+        """Whether it may begin a prompt although hand-overs wait to be pulled: there are pages for all of them, and
+        none waits for a slot of those that land here: prompts that go on where they are would keep it waiting."""
+        decoding = self.decoding
+        if decoding.inbox and decoding.full:
+            return False
+        return self.prompts.can_start(sequence, spare=decoding.inbox_pages)
 
     def next_decodes(self, lane: int) -> Decodes:
         """All members of the lane's batch that can take another step. It must be launched next, if not empty."""

@@ -6,8 +6,10 @@ import pytest
 
 from ds_jax.config import SchedulerConfig
 from ds_jax.protocol import Request, Role
+from ds_jax.scheduling.flight import Flight
 from ds_jax.scheduling.multiplexed import Multiplexed
 from ds_jax.scheduling.sequence import Sequence
+from ds_jax.scheduling.worker import Worker
 from tests.scheduling.foretold import Clocked, WithTargets, fewer, foretell, slo, worker
 from tests.scheduling.machine import conformance
 from tests.scheduling.world import copies, decoded, prefilled, runs
@@ -143,6 +145,43 @@ def test_requests_without_targets_have_all_the_slack_there_is():
     assert decoded(one.steps()[0]) == [0]
     one.arrive(1, 500)
     assert one.scheduler.sequences[1].home.instance.id == MIXED.id
+
+
+# --- nobody waits for ever: hand-overs and prompts on one multiplexing worker -----------------------------------------
+
+
+def waiting_to_be_pulled(here, order, prompt):
+    """A finished prefill of another worker, offered to this one."""
+    there = Worker(worker(9, Role.PREFILL))
+    sequence = Sequence(Request(order, prompt, 8), order)
+    there.prompts.enqueue(sequence, replay=False)
+    sequence.home = there
+    there.prompts.start(sequence)
+    there.prompts.chunk(sequence, prompt)
+    sequence.sampling, sequence.counted = 0, 1
+    there.prompts.land(sequence)
+    here.decoding.offer(sequence)
+
+
+@pytest.mark.parametrize(("pages", "order", "pulled"), [(4, 1, False), (4, -1, True), (8, 1, True)])
+def test_a_hand_over_leaves_pages_for_an_older_prompt_that_waits_for_them(pages, order, pulled):
+    here = Worker(worker(1, Role.MIXED, pages=pages, page_size=4))
+    here.prompts.enqueue(Sequence(Request(0, 13, 4), 0), replay=False)
+    waiting_to_be_pulled(here, order, 3)
+    assert (here.decoding.pull(Flight()) is not None) is pulled
+
+
+def test_no_prompt_begins_where_a_hand_over_waits_for_those_who_landed_before_it():
+    here = Worker(worker(1, Role.MIXED, pages=20, page_size=4), pull_watermark=0.05)
+    prompt = Sequence(Request(5, 4, 4), 5)
+    waiting_to_be_pulled(here, 1, 3)
+    assert here.can_start_beside(prompt)
+    landed = Sequence(Request(0, 4, 4), 0)
+    landed.lease = here.ledger.take(4)
+    here.decoding.land(landed)
+    assert not here.can_start_beside(prompt) and here.decoding.pull(Flight()) is None
+    here.decoding.admit()
+    assert here.can_start_beside(prompt)
 
 
 class Impatient(Multiplexed):
