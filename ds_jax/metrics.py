@@ -26,13 +26,14 @@ from ds_jax.protocol import (
     Step,
     StepDone,
     Stopped,
+    message,
     parted_and_joined,
 )
 
 PREFILL_QUEUEING, PREFILL_EXECUTION, KV_TRANSMISSION, DECODE_QUEUEING, DECODE_EXECUTION = range(5)
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class RequestTimes:
     """A sequence's whole life. The five stages sum to `end_ns - arrived_ns` exactly."""
 
@@ -396,7 +397,9 @@ class StageClock:
         life = self._living(copy.sequence)
         if life is None:
             return
-        self._copies[copy.id] = _Move(copy.sequence, life.replays, {copy.source[:2], copy.destination[:2]})
+        (source, source_epoch, _), (destination, destination_epoch, _) = copy.source, copy.destination
+        ends = {(source, source_epoch), (destination, destination_epoch)}
+        self._copies[copy.id] = _Move(copy.sequence, life.replays, ends)
         life.copies += 1
         if life.lane is not None:  # it is swapped out
             life.lane.left.add(life.sequence)

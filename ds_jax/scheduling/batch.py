@@ -14,11 +14,15 @@ loose with steps in flight, its lease is pinned once until the last of them has 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from heapq import heappop, heappush
 
 from ds_jax.protocol import Decode, Decodes
 from ds_jax.scheduling.ledger import PageLedger
 from ds_jax.scheduling.sequence import Phase, Sequence
+
+_decode = partial(tuple.__new__, Decode)
+"""A `Decode` of its three fields, in half the time: every page of every sequence needs one."""
 
 
 class RunningBatch:
@@ -95,7 +99,7 @@ class RunningBatch:
         if grown:
             members = self._members
             plain = [members[id] for id in grown if id in members]  # the others were preempted after they grew
-            fresh = tuple([Decode(id, slot, grown[id]) for id, slot, _ in plain])
+            fresh = tuple([_decode((id, slot, grown[id])) for id, slot, _ in plain])
             members |= {entry[0]: entry for entry in fresh}
             decodes = Decodes(members.values())
             decodes.grown = fresh

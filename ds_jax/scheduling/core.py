@@ -69,6 +69,8 @@ class Policy:
         """WAITING for an instance to prefill them, or READY and waiting for one to decode them, in order of coming."""
         self._known: dict[int, Instance] = {}
         """The last life of every instance ever seen: what a request could possibly run on."""
+        self._any_holds = 0
+        """Tokens that some known instance holds that prefills, and some that decodes: whoever needs no more can run."""
         self._flight = Flight()
         self._arrivals = 0
         self._touched: dict[Worker, None] = {}
@@ -227,6 +229,8 @@ class Policy:
 
     def _cannot_ever_run(self, sequence: Sequence) -> str | None:
         """A sequence must fit whole into a pool that prefills (it may be replayed) and into one that decodes."""
+        if sequence.most_tokens <= self._any_holds and not sequence.forks:
+            return None
         for prefill, without in ((True, Role.DECODE), (False, Role.PREFILL)):
             if any(i.role is not without and _fits(sequence, i, prefill) for i in self._known.values()):
                 continue
@@ -448,6 +452,9 @@ class Policy:
         if (old := self.workers.get(instance.id)) is not None:
             self._lose(instance.id, old.instance.epoch)
         self._known[instance.id] = instance
+        prefill = [i for i in self._known.values() if i.role is not Role.DECODE and i.max_step_sequences]
+        decode = [i for i in self._known.values() if i.role is not Role.PREFILL]
+        self._any_holds = min(max([i.pages * i.page_size for i in side], default=0) for side in (prefill, decode))
         options = self.options
         self.workers[instance.id] = worker = Worker(
             instance, options.pull_watermark, options.steps_per_lane, options.preemption == "swap"

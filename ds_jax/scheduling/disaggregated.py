@@ -32,7 +32,7 @@ class Disaggregated(Policy):
 
     def _plan_prompts(self, worker: Worker) -> None:
         prompts = worker.prompts
-        while (lane := worker.free_lane()) is not None:
+        while not prompts.idle and (lane := worker.free_lane()) is not None:
             batch = list(prompts.partial.values()) or self._next_batch(worker)
             if not batch:
                 return

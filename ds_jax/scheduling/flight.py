@@ -77,14 +77,14 @@ class Flight:
         """Move the first pages of one lease, as many as the other has, into that; the first `shared` are there."""
         (here, old), (there, new) = source, destination
         pages = tuple(zip(old.pages[shared : len(new.pages)], new.pages[shared:], strict=True))
-        held = tuple(new.pages[:shared])
-        copy = Copy(self._next_copy, sequence.id, here.place_of(old), there.place_of(new), pages, shared=held)
-        self._next_copy += 1
-        flight = CopyInFlight(copy, sequence, source, destination)
-        for end in (old, new):
-            end.ledger.pin(end)
-        self._copies[copy.id] = flight
-        sequence.copy = copy.id
+        held = tuple(new.pages[:shared]) if shared else ()
+        id = self._next_copy
+        self._next_copy = id + 1
+        copy = Copy(id, sequence.id, here.place_of(old), there.place_of(new), pages, shared=held)
+        old.pins += 1
+        new.pins += 1
+        self._copies[id] = CopyInFlight(copy, sequence, source, destination)
+        sequence.copy = id
         return copy
 
     def land_copy(self, copy: int) -> CopyInFlight | None:

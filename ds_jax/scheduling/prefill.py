@@ -59,6 +59,11 @@ class Prompts:
         return list(islice(self.waiting(), count))
 
     @property
+    def idle(self) -> bool:
+        """Whether there is no prompt to run, or all that run are in flight to their ends."""
+        return not (self.queue or self.partial or self.replays)
+
+    @property
     def head(self) -> Sequence | None:
         """The first that waits."""
         if self.replays:

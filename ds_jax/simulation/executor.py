@@ -252,10 +252,8 @@ class VirtualTime:
         step = lane.running
         assert step is not None
         others = self._other_lanes(lane) if step.prefills else ()
-        if any(_names_one_of(step, other) for other in others):
-            lane.held = (
-                True  # chunks of one prompt in two lanes of a pipeline come out in the order in which they went in
-            )
+        if others and any(_names_one_of(step, other) for other in others):
+            lane.held = True  # chunks of a prompt in two lanes of a pipeline come out in the order they went in
             return
         for other in others:
             if other.held:
@@ -299,6 +297,8 @@ class VirtualTime:
 
     def _other_lanes(self, lane: Lane) -> list[Lane]:
         lanes = self._instances[lane.place[0]].lanes
+        if lanes == 1:
+            return []
         return [
             self._lanes[*lane.place, other] for other in range(lanes) if self._lanes[*lane.place, other] is not lane
         ]

@@ -150,7 +150,7 @@ class PlacedLatency:
                 f"{links[0][0]} at {rate:g} bytes/s, which must be greater than 0"
             )
         now_s = now_ns / 1e9
-        begin_s = max([now_s, *(self._free_s.get(link, 0.0) for link in links)])
+        begin_s = max([now_s, *[self._free_s.get(link, 0.0) for link in links]])
         end_s = begin_s + len(copy.pages) * self._page_bytes / rate
         for link in links:
             self._free_s[link] = end_s
