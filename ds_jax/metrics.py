@@ -186,7 +186,7 @@ class StageClock:
 
     def hear(self, event: Event, commands: Iterable[Command], now_ns: int) -> None:
         """One call of `Scheduler.handle` and its answer."""
-        if isinstance(event, StepDone):
+        if type(event) is StepDone:
             self._step_done(event, now_ns)
         elif isinstance(event, Arrived):
             for sequence in event.request.sequences:
@@ -198,7 +198,7 @@ class StageClock:
         elif isinstance(event, InstanceLost):
             self._lost(event.instance, event.epoch, now_ns)
         for command in commands:
-            if isinstance(command, Run):
+            if type(command) is Run:
                 self._run(command.step, now_ns)
             elif isinstance(command, Copy):
                 self._copy(command, now_ns)

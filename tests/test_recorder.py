@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from ds_jax.protocol import Arrived, Command, Event, Reject, Request, StepDone, Stopped
 from ds_jax.recorder import Entry, Log, Recorder, decode, encode, load, replay
 
+# `emitted` is any mapping; in a log it is a dict
+st.register_type_strategy(StepDone, st.builds(StepDone, emitted=st.dictionaries(st.integers(), st.integers())))
 events = st.from_type(Event)
 commands = st.from_type(Command).filter(lambda command: "nan" not in repr(command))  # nan is not even itself
 

@@ -127,21 +127,24 @@ class RunningBatch:
     def _grow(self, tick: int, find_page: Callable[[Sequence], bool]) -> dict[int, tuple[int, ...]]:
         """Give a page to each steady member whose day has come; who finds none turns loose and sits the step out."""
         grown: dict[int, tuple[int, ...]] = {}
-        grow, later = self._ledger.grow_by_one, tick + self._ledger.page_size
-        again = []
-        for sequence in self._growth.pop(tick):
-            if sequence.grows_at != tick or sequence.batch is not self:
-                continue
-            pages = grow(sequence.lease)  # type: ignore[arg-type]
-            if pages is None and find_page(sequence):
-                pages = grow(sequence.lease)  # type: ignore[arg-type]
-            if pages is not None:
-                grown[sequence.id] = pages
-                sequence.grows_at = later
-                again.append(sequence)
-            elif sequence.steady:
-                self._loosen(sequence)
-                self._stall(sequence)
+        ledger, later = self._ledger, tick + self._ledger.page_size
+        due = [one for one in self._growth.pop(tick) if one.grows_at == tick and one.batch is self]
+        if len(due) <= ledger.free:
+            again = due
+            grown = ledger.grow_each({one.id: one.lease for one in due})  # type: ignore[misc]
+        else:
+            again = []
+            for sequence in due:
+                if sequence.grows_at != tick or sequence.batch is not self:
+                    continue  # preempted for one before it
+                if ledger.free or find_page(sequence):
+                    grown[sequence.id] = ledger.grow(sequence.lease, 1)  # type: ignore[arg-type]
+                    again.append(sequence)
+                elif sequence.steady:
+                    self._loosen(sequence)
+                    self._stall(sequence)
+        for sequence in again:
+            sequence.grows_at = later
         if later in self._growth:
             self._growth[later] += again
         elif again:

@@ -74,10 +74,10 @@ class Decoding:
         pages of the prompt that a sequence of the same request has here already are shared, not pulled again. Leaves
         pages for an older prompt that waits here to be prefilled: hand-overs could keep it from them for ever.
         """
-        sequence = next(iter(self.inbox.values()), None)
-        if sequence is None or self.swapped or self.full:
+        if not self.inbox or self.swapped or self.full:
             return None
-        prompt = self._worker.prompts.head
+        sequence = next(iter(self.inbox.values()))
+        prompt = self._worker.prompts.head if self._worker.prefills else None
         if prompt is not None and prompt.order < sequence.order:
             pages = self._pages(prompt) + self._pages(sequence)
             if pages + self._ledger.promised > self._ledger.free:

@@ -79,13 +79,15 @@ class PageLedger:
         lease.pages += new
         return tuple(new)
 
-    def grow_by_one(self, lease: Lease) -> tuple[int] | None:
-        """`grow` by one page, for the one place where it happens every step; None if no page is free."""
-        if not self._free:
-            return None
-        page = self._free.pop()
-        lease.pages.append(page)
-        return (page,)
+    def grow_each(self, leases: dict[int, Lease]) -> dict[int, tuple[int, ...]]:
+        """`grow` each by one page: what happens at every decode step; so many must be free."""
+        grown: dict[int, tuple[int, ...]] = {}
+        free = self._free
+        for id, lease in leases.items():
+            page = free.pop()
+            lease.pages.append(page)
+            grown[id] = (page,)
+        return grown
 
     def drop(self, lease: Lease) -> None:
         """The sequence lets go of its pages."""

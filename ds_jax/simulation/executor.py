@@ -266,20 +266,18 @@ class VirtualTime:
             lane.queued = None
             self._at(lane.pipeline.enter(self.now_ns, duration_ns, host_ns), lane)
         emitted, ending = lane.emit(step)
+        if ending or step.prefills or self._keeps_events:
+            emitted = dict(emitted)  # the lane's own is about to change
         if step.prefills:
-            emitted = dict(emitted)
             ending = list(ending)
             for work in step.prefills:
                 if work.samples and (more := self._sampled_by_prefill(work.sequence)) is not None:
                     emitted[work.sequence] = 1
                     if not more:
                         ending.append(work.sequence)
-        elif self._keeps_events:
-            emitted = dict(emitted)
         if not ending:
             return self._tell(StepDone(step.id, emitted))
         stopped = [sequence for sequence in ending if sequence in self._stops]
-        emitted = dict(emitted)
         for sequence in ending:
             self._end(sequence)
         self._tell(StepDone(step.id, emitted))
@@ -319,7 +317,10 @@ class VirtualTime:
         for hear in self._listeners:
             hear(event, commands, self.now_ns)
         for command in commands:
-            self._carry_out(command)
+            if type(command) is Run:
+                self._run(command.step)
+            else:
+                self._carry_out(command)
         while self._over:
             sequence = self._over[-1]
             if self.clock.ended(sequence):
@@ -332,9 +333,7 @@ class VirtualTime:
                 break  # its Stopped comes next
 
     def _carry_out(self, command: Command) -> None:
-        if isinstance(command, Run):
-            self._run(command.step)
-        elif isinstance(command, Copy):
+        if isinstance(command, Copy):
             self._copy(command)
         elif isinstance(command, Reject):
             self._end(command.sequence)
