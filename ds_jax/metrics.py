@@ -283,8 +283,8 @@ class StageClock:
     def _start(self, lane: _Lane, step: Step, now_ns: int) -> None:
         lane.began_ns = now_ns
         for prefill in step.prefills:
-            life = self._living(prefill.sequence)
-            if life is None:
+            life = self._lives.get(prefill.sequence)
+            if life is None or life.end_ns is not None:
                 continue
             if prefill.start == 0 or not prefill.length:  # a fork begins with the last chunk of the one it follows
                 if life.lane is not None:
@@ -308,14 +308,15 @@ class StageClock:
                 joined = dict.fromkeys([*joined, *(decode[0] for decode in step.decodes if decode[0] in lane.left)])
                 lane.left.clear()
             for sequence in joined:
-                life = self._living(sequence)
-                if life is None:
+                life = self._lives.get(sequence)
+                if life is None or life.end_ns is not None:
                     lane.silent.add(sequence)
                 else:
                     self._join(lane, life, now_ns)
 
     def _join(self, lane: _Lane, life: _Life, now_ns: int) -> None:
-        self._part(life)
+        if life.lane is not None:
+            self._part(life)
         if life.stage != DECODE_EXECUTION:
             self._charge(life, now_ns)
             life.stage = DECODE_EXECUTION
@@ -358,8 +359,8 @@ class StageClock:
         others = 0
         for prefill in step.prefills:
             others += prefill.samples and prefill.sequence in emitted
-            life = self._living(prefill.sequence)
-            if life is None:
+            life = self._lives.get(prefill.sequence)
+            if life is None or life.end_ns is not None:
                 continue
             self._charge(life, now_ns)
             if prefill.samples:

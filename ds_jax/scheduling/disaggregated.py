@@ -54,10 +54,10 @@ class Disaggregated(Policy):
         tokens = rows = 0
         while (head := prompts.head) is not None:
             rows += 1 + len(head.forks)
+            tokens += head.tokens
             room = rows <= instance.max_step_sequences
-            if not room or (batch and tokens + head.tokens > limit) or not prompts.can_start(head):
+            if not room or (batch and tokens > limit) or not prompts.can_start(head):
                 break
             prompts.start(head)
             batch.append(head)
-            tokens += head.tokens
         return batch

@@ -62,13 +62,16 @@ class PageLedger:
 
     def can_take(self, tokens: int, shared: int = 0) -> bool:
         """Whether pages for `tokens` tokens are free, `shared` of them not counted, and those that are promised."""
-        return pages_for(tokens, self.page_size) - shared + self.promised <= len(self._free)
+        return -(-tokens // self.page_size) - shared + self.promised <= len(self._free)
 
     def take(self, tokens: int, shared: Sequence[int] = ()) -> Lease:
         """Lease the pages for `tokens` tokens, the first of them `shared` with a living lease; `can_take` must hold."""
-        for page in shared:
-            self._shares[page] = self._shares.get(page, 0) + 1
-        lease = Lease([*shared, *self._pop(pages_for(tokens, self.page_size) - len(shared))], self)
+        pages = self._pop(pages_for(tokens, self.page_size) - len(shared))
+        if shared:
+            for page in shared:
+                self._shares[page] = self._shares.get(page, 0) + 1
+            pages = [*shared, *pages]
+        lease = Lease(pages, self)
         self._leases.add(lease)
         return lease
 

@@ -87,16 +87,17 @@ class Prompts:
     def chunk(self, sequence: Sequence, most: int) -> list[tuple[Sequence, Prefill]]:
         """Its next chunk, of at most `most` tokens and to be launched at once, with forks beside the last one."""
         assert sequence.lease is not None
-        start = sequence.prefilled
-        length = min(sequence.tokens - start, most)
-        samples = start + length == sequence.tokens
+        start, tokens = sequence.prefilled, sequence.tokens
+        length = min(tokens - start, most)
+        samples = start + length == tokens
         sequence.prefilled += length
         pages = () if start else tuple(sequence.lease.pages)
         chunks = [(sequence, Prefill(sequence.id, start, length, samples, pages))]
         if samples:
             sequence.sampling = 1
             del self.partial[sequence.id]
-            chunks += [(fork, Prefill(fork.id, sequence.prefilled, 0, True)) for fork in self._fork(sequence)]
+            if sequence.forks:
+                chunks += [(fork, Prefill(fork.id, tokens, 0, True)) for fork in self._fork(sequence)]
         return chunks
 
     def _fork(self, leader: Sequence) -> list[Sequence]:
