@@ -132,6 +132,8 @@ class RunningBatch:
         if len(due) <= ledger.free:
             again = due
             grown = ledger.grow_each({one.id: one.lease for one in due})  # type: ignore[misc]
+            for sequence in due:
+                sequence.grows_at = later
         else:
             again = []
             for sequence in due:
@@ -139,12 +141,11 @@ class RunningBatch:
                     continue  # preempted for one before it
                 if ledger.free or find_page(sequence):
                     grown[sequence.id] = ledger.grow(sequence.lease, 1)  # type: ignore[arg-type]
+                    sequence.grows_at = later  # now: whoever is preempted for one after it grows no more
                     again.append(sequence)
                 elif sequence.steady:
                     self._loosen(sequence)
                     self._stall(sequence)
-        for sequence in again:
-            sequence.grows_at = later
         if later in self._growth:
             self._growth[later] += again
         elif again:
