@@ -230,6 +230,9 @@ def test_the_papers_placement_is_told_with_what_it_is_worth_and_what_holds_it_ba
     entry = {"joint": {"DistServe": curve(2.0, 0.9, 0.6), AT_TABLE_3: curve(1.6, 0.6, 0.9)}}
     told = at_table_3(entry, "joint")
     assert "1.60" in told and "where TTFT holds it back" in told and "unit of 2.0 has 2.00 (+25%)" in told
+    for found, tied in [(0.18, True), (0.14, False), (0.25, False)]:
+        entry = {"published": {"DistServe": curve(found, 0.9, 0.6), AT_TABLE_3: curve(0.23, 0.6, 0.9)}}
+        assert ("both pass 0.16, and fewer GPUs win" in at_table_3(entry, "published")) is tied
 
 
 def test_unknown_experiments_are_refused_in_one_sentence(tmp_path):
