@@ -186,7 +186,7 @@ class StageClock:
 
     def hear(self, event: Event, commands: Iterable[Command], now_ns: int) -> None:
         """One call of `Scheduler.handle` and its answer."""
-        if type(event) is StepDone:
+        if isinstance(event, StepDone):
             self._step_done(event, now_ns)
         elif isinstance(event, Arrived):
             for sequence in event.request.sequences:
@@ -198,7 +198,7 @@ class StageClock:
         elif isinstance(event, InstanceLost):
             self._lost(event.instance, event.epoch, now_ns)
         for command in commands:
-            if type(command) is Run:
+            if isinstance(command, Run):
                 self._run(command.step, now_ns)
             elif isinstance(command, Copy):
                 self._copy(command, now_ns)
@@ -283,8 +283,8 @@ class StageClock:
     def _start(self, lane: _Lane, step: Step, now_ns: int) -> None:
         lane.began_ns = now_ns
         for prefill in step.prefills:
-            life = self._lives.get(prefill.sequence)
-            if life is None or life.end_ns is not None:
+            life = self._living(prefill.sequence)
+            if life is None:
                 continue
             if prefill.start == 0 or not prefill.length:  # a fork begins with the last chunk of the one it follows
                 if life.lane is not None:
@@ -308,15 +308,14 @@ class StageClock:
                 joined = dict.fromkeys([*joined, *(decode[0] for decode in step.decodes if decode[0] in lane.left)])
                 lane.left.clear()
             for sequence in joined:
-                life = self._lives.get(sequence)
-                if life is None or life.end_ns is not None:
+                life = self._living(sequence)
+                if life is None:
                     lane.silent.add(sequence)
                 else:
                     self._join(lane, life, now_ns)
 
     def _join(self, lane: _Lane, life: _Life, now_ns: int) -> None:
-        if life.lane is not None:
-            self._part(life)
+        self._part(life)
         if life.stage != DECODE_EXECUTION:
             self._charge(life, now_ns)
             life.stage = DECODE_EXECUTION
@@ -359,8 +358,8 @@ class StageClock:
         others = 0
         for prefill in step.prefills:
             others += prefill.samples and prefill.sequence in emitted
-            life = self._lives.get(prefill.sequence)
-            if life is None or life.end_ns is not None:
+            life = self._living(prefill.sequence)
+            if life is None:
                 continue
             self._charge(life, now_ns)
             if prefill.samples:

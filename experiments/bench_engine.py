@@ -122,22 +122,11 @@ class Bench:
 
     def measure_mixed(self, case: Mixed, vocab: int, repeats: int, seed: int) -> dict[str, Any]:
         """The case with its times; of the last run also when each request began and ended to answer."""
-        prompt_tokens, output_tokens = (list(part) for part in zip(*case.requests, strict=True))
-        warm_up, batch = (random_prompts(prompt_tokens, vocab, (seed, part)) for part in range(2))
-        few = len(warm_up) // 8 + 1
-        self.timed(warm_up[:few], [min(count, 4) for count in output_tokens[:few]])
-        runs = [self.timed(batch, output_tokens) for _ in range(repeats)]
-        total = median(run.seconds for run in runs)
-        return {
-            "name": case.name,
-            "requests": [list(pair) for pair in case.requests],
-            "total_seconds": total,
-            "total_tokens_per_s": (sum(prompt_tokens) + sum(output_tokens)) / total,
-            "output_tokens_per_s": sum(output_tokens) / total,
-            "all_total_seconds": [run.seconds for run in runs],
-            "first_token_s": runs[-1].first_token_s,
-            "end_s": runs[-1].end_s,
-        }
+        warm_up, batch = case.prompts(vocab, seed)
+        self.timed(warm_up, [min(count, 4) for count in case.output_tokens[: len(warm_up)]])
+        runs = [self.timed(batch, case.output_tokens) for _ in range(repeats)]
+        last = {"first_token_s": runs[-1].first_token_s, "end_s": runs[-1].end_s}
+        return case.results([run.seconds for run in runs]) | last
 
     def trace(self, case: Case, vocab: int, step_s: float, folder: Path) -> dict[str, Any]:
         """How idle the device is while a batch is decoded."""

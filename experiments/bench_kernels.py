@@ -72,6 +72,7 @@ def plan_seconds(load: Load, arrays: dict[str, Any]) -> float:
 
     kind = platform()[1]
     sizes = load.head_dim, load.page_size
+    names: tuple[str, ...]
     if load.chunks:
         from kernels.paged_prefill_attention import mosaic as prefill
         from kernels.paged_prefill_attention.tiles import aligned, tiles_of
@@ -96,7 +97,7 @@ def plan_seconds(load: Load, arrays: dict[str, Any]) -> float:
         plan = functools.partial(
             schedule.plan, kv_heads=load.kv_heads, block=decode.BLOCK, workers=workers, window=None
         )
-        names = ("lengths",)  # type: ignore[assignment]
+        names = ("lengths",)
     return device_seconds(jax.jit(plan), *(arrays[name] for name in names))
 
 

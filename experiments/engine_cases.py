@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 FIELDS = {"name": str, "batch": int, "prompt_tokens": int, "output_tokens": int}
@@ -42,6 +43,29 @@ class Mixed:
     def longest(self) -> int:
         """Tokens of the longest sequence."""
         return max(prompt + output for prompt, output in self.requests)
+
+    @property
+    def output_tokens(self) -> list[int]:
+        """Of each request."""
+        return [output for _, output in self.requests]
+
+    def prompts(self, vocab: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:
+        """An eighth of the requests' lengths to warm up with, and all of them, of other tokens."""
+        lengths = [prompt for prompt, _ in self.requests]
+        warm_up, batch = (random_prompts(lengths, vocab, (seed, part)) for part in range(2))
+        return warm_up[: len(warm_up) // 8 + 1], batch
+
+    def results(self, seconds: Sequence[float]) -> dict[str, Any]:
+        """What runs that took so long come to."""
+        total, output = median(seconds), sum(self.output_tokens)
+        return {
+            "name": self.name,
+            "requests": [list(pair) for pair in self.requests],
+            "total_seconds": total,
+            "total_tokens_per_s": (sum(prompt for prompt, _ in self.requests) + output) / total,
+            "output_tokens_per_s": output / total,
+            "all_total_seconds": list(seconds),
+        }
 
 
 def read_cases(path: Path) -> list[Case | Mixed]:

@@ -15,10 +15,9 @@ import json
 import os
 import time
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from experiments.engine_cases import Mixed, random_prompts, read_cases
+from experiments.engine_cases import Mixed, read_cases
 
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "2",
@@ -33,7 +32,6 @@ SETTINGS = {
 
 def measure(model: Any, parameters: Any, case: Mixed, vocab: int, repeats: int, seed: int) -> dict[str, Any]:
     """The case with its times."""
-    lengths, outputs = (list(part) for part in zip(*case.requests, strict=True))
 
     def seconds(prompts: list[list[int]], counts: list[int]) -> float:
         options = [
@@ -46,19 +44,9 @@ def measure(model: Any, parameters: Any, case: Mixed, vocab: int, repeats: int, 
             raise RuntimeError(f"case {case.name}: an output has not as many tokens as it was asked for")
         return took
 
-    warm_up, batch = (random_prompts(lengths, vocab, (seed, part)) for part in range(2))
-    few = len(warm_up) // 8 + 1
-    seconds(warm_up[:few], [min(count, 4) for count in outputs[:few]])
-    runs = [seconds(batch, outputs) for _ in range(repeats)]
-    total = median(runs)
-    return {
-        "name": case.name,
-        "requests": [list(pair) for pair in case.requests],
-        "total_seconds": total,
-        "total_tokens_per_s": (sum(lengths) + sum(outputs)) / total,
-        "output_tokens_per_s": sum(outputs) / total,
-        "all_total_seconds": runs,
-    }
+    warm_up, batch = case.prompts(vocab, seed)
+    seconds(warm_up, [min(count, 4) for count in case.output_tokens[: len(warm_up)]])
+    return case.results([seconds(batch, case.output_tokens) for _ in range(repeats)])
 
 
 def main() -> None:

@@ -81,8 +81,8 @@ class Flight:
         id = self._next_copy
         self._next_copy = id + 1
         copy = Copy(id, sequence.id, here.place_of(old), there.place_of(new), pages, shared=held)
-        old.pins += 1
-        new.pins += 1
+        for end in (old, new):
+            end.ledger.pin(end)
         self._copies[id] = CopyInFlight(copy, sequence, source, destination)
         sequence.copy = id
         return copy

@@ -62,7 +62,7 @@ class PageLedger:
 
     def can_take(self, tokens: int, shared: int = 0) -> bool:
         """Whether pages for `tokens` tokens are free, `shared` of them not counted, and those that are promised."""
-        return -(-tokens // self.page_size) - shared + self.promised <= len(self._free)
+        return pages_for(tokens, self.page_size) - shared + self.promised <= len(self._free)
 
     def take(self, tokens: int, shared: Sequence[int] = ()) -> Lease:
         """Lease the pages for `tokens` tokens, the first of them `shared` with a living lease; `can_take` must hold."""

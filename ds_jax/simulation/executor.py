@@ -317,10 +317,7 @@ class VirtualTime:
         for hear in self._listeners:
             hear(event, commands, self.now_ns)
         for command in commands:
-            if type(command) is Run:
-                self._run(command.step)
-            else:
-                self._carry_out(command)
+            self._carry_out(command)
         while self._over:
             sequence = self._over[-1]
             if self.clock.ended(sequence):
@@ -333,7 +330,9 @@ class VirtualTime:
                 break  # its Stopped comes next
 
     def _carry_out(self, command: Command) -> None:
-        if isinstance(command, Copy):
+        if isinstance(command, Run):
+            self._run(command.step)
+        elif isinstance(command, Copy):
             self._copy(command)
         elif isinstance(command, Reject):
             self._end(command.sequence)
