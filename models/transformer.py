@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from ds_jax.architecture import Architecture, LayerKind
 from kernels import expert_mlp
-from kernels.backends import platform
+from kernels.projection import project
 from models import rope, sharding
 
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -39,23 +39,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
-
-
-def project(x: Float[Array, "T I"], weight: Float[Array, "O I"], out: Any = None) -> Float[Array, "T O"]:
-    """x times weight transposed; float32 at full precision (GPUs would take TF32 otherwise)."""
-    if x.shape[0] == 1 and x.dtype != jnp.float32 and platform()[0] == "cpu":
-        return _row_times(x, weight, out or x.dtype)
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return lax.dot_general(
-        x, weight, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=out or x.dtype
-    )
-
-
-def _row_times(x: Float[Array, "1 I"], weight: Float[Array, "O I"], out: Any) -> Float[Array, "1 O"]:
-    """The product of one row of a short type, summed in float32: XLA:CPU would write all of the weight as float32
-    first."""
-    x = lax.optimization_barrier(x.astype(jnp.float32))  # else it is made again for every row of the weight
-    return (weight.astype(jnp.float32) * x).sum(axis=1)[None].astype(out)
 
 
 def total(x: jax.Array, axis: str | None) -> jax.Array:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels.projection import project
+
 FEWEST_ROWS, MOST_ROWS = 8, 64
 """Rows of one product on the CPU: about as many as an expert gets, so that few are empty and weights are read once."""
 
@@ -53,9 +55,9 @@ def in_blocks(
         mine = first + jnp.arange(rows) < sizes[expert]
         tokens = lax.dynamic_slice_in_dim(token, at, rows)
         both = lax.dynamic_index_in_dim(up, expert, keepdims=False).reshape(2 * width, embed)
-        inner = _product(x[tokens], both)
+        inner = project(x[tokens], both)
         inner = activation(inner[:, :width]) * inner[:, width:]
-        share = _product(inner, lax.dynamic_index_in_dim(down, expert, keepdims=False)).astype(jnp.float32)
+        share = project(inner, lax.dynamic_index_in_dim(down, expert, keepdims=False)).astype(jnp.float32)
         share = share * lax.dynamic_slice_in_dim(weight, at, rows)[:, None]
         # Rows of the next expert are read and not added.
         return out.at[jnp.where(mine, tokens, len(x))].add(share, mode="drop")
@@ -76,9 +78,3 @@ def ragged(
     share = product(inner, down.swapaxes(1, 2)).astype(jnp.float32) * weights.reshape(-1)[order][:, None]
     share = jnp.where((jnp.arange(len(order)) < sizes.sum())[:, None], share, 0)
     return jnp.zeros(x.shape, jnp.float32).at[order // per_token].add(share)
-
-
-def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x times weight [out, in] transposed."""
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=x.dtype)

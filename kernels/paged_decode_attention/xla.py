@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels.paged_blocks import fetch, walk
 from kernels.platforms import Over, by_platform
 
 BLOCK_BYTES = 65536
@@ -48,45 +49,48 @@ def over_sequences(
     soft_cap: float | None = None,
     over: Over,
 ) -> jax.Array:
-    """The sequences in the order that `over` takes them, each page by page."""
+    """The sequences in the order that `over` takes them, each block of pages by block."""
     batch, heads, head_dim = q.shape
     pool, kv_heads, size, _ = k_pages.shape
     pages = max(1, min(BLOCK_BYTES // (kv_heads * size * head_dim * 4), MOST_PAGES, page_table.shape[1]))
     columns = pages * size
     queries = (q.astype(jnp.float32) * scale).reshape(batch, kv_heads, heads // kv_heads, head_dim)
     page_table = jnp.clip(jnp.pad(page_table, ((0, 0), (0, pages - 1))), 0, pool - 1)
+    k_rows, v_rows = k_pages.reshape(pool, -1), v_pages.reshape(pool, -1)
+
+    def taken(rows: jax.Array, scales: jax.Array | None, numbers: jax.Array) -> jax.Array:  # [page, K, slot, D]
+        some = fetch(rows, numbers).reshape(pages, kv_heads, size, head_dim)
+        return some if scales is None else some * scales[numbers][..., None, None]
 
     def sequence(b: jax.Array) -> jax.Array:
         query, length = queries[b], lengths[b]
         first = 0 if window is None else jnp.maximum(length - window, 0)
 
-        def block(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def block(masked: bool, i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             best, weight, mean = carry
             numbers = lax.dynamic_slice(page_table, (b, i * pages), (1, pages))[0]
-
-            def taken(pool: jax.Array, scales: jax.Array | None) -> jax.Array:  # [K, columns, D]
-                some = pool.at[numbers].get(mode="promise_in_bounds").astype(jnp.float32)
-                if scales is not None:
-                    some = some * scales[numbers][..., None, None]
-                return some.transpose(1, 0, 2, 3).reshape(kv_heads, columns, head_dim)
-
-            token = i * columns + jnp.arange(columns)
-            seen = (token >= first) & (token < length)
-            scores = jnp.einsum("kgd,knd->kgn", query, taken(k_pages, k_scales), precision=lax.Precision.HIGHEST)
+            keys, values = taken(k_rows, k_scales, numbers), taken(v_rows, v_scales, numbers)
+            # Pages stay as they lie: bringing a head's together would copy them once more.
+            several = jnp.broadcast_to(query, (pages, *query.shape))
+            scores = jnp.einsum("pkgd,pknd->pkgn", several, keys, precision=lax.Precision.HIGHEST)
             if soft_cap is not None:
                 scores = soft_cap * jnp.tanh(scores / soft_cap)
-            scores = jnp.where(seen, scores, -jnp.inf)
-            new_best = jnp.maximum(best, scores.max(-1, keepdims=True))
+            if masked:
+                token = i * columns + jnp.arange(columns).reshape(pages, 1, 1, size)
+                seen = (token >= first) & (token < length)
+                scores = jnp.where(seen, scores, -jnp.inf)
+                # A freed page may hold anything, NaN included, and 0 * NaN is NaN.
+                values = jnp.where(seen.swapaxes(2, 3), values, 0)
+            new_best = jnp.maximum(best, scores.max((0, 3))[..., None])
             rescale, p = jnp.exp(best - new_best), jnp.exp(scores - new_best)
-            # A freed page may hold anything, NaN included, and 0 * NaN is NaN.
-            values = jnp.where(seen[:, None], taken(v_pages, v_scales), 0)
-            mean = mean * rescale + jnp.einsum("kgn,knd->kgd", p, values, precision=lax.Precision.HIGHEST)
-            return new_best, weight * rescale + p.sum(-1, keepdims=True), mean
+            sums = jnp.einsum("pkgn,pknd->pkgd", p, values, precision=lax.Precision.HIGHEST)
+            return new_best, weight * rescale + p.sum((0, 3))[..., None], mean * rescale + sums.sum(0)
 
         one = jnp.zeros((*query.shape[:2], 1))
         # The lowest number, not -inf: a block that sees nothing (side by side with longer rows) must not give NaN.
-        start = (one + jnp.finfo(jnp.float32).min, one, jnp.zeros_like(query))
-        _, weight, mean = lax.fori_loop(first // columns, -(-length // columns), block, start)
+        carry = (one + jnp.finfo(jnp.float32).min, one, jnp.zeros_like(query))
+        bounds = first // columns, -(-first // columns), length // columns, -(-length // columns)
+        _, weight, mean = walk(block, carry, *bounds)
         return mean / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
 
     return over(sequence, jnp.arange(batch)).reshape(q.shape).astype(q.dtype)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels.paged_blocks import fetch, walk
 from kernels.platforms import Over, by_platform
 
 QUERY_BLOCK = 128
@@ -67,6 +68,13 @@ def over_heads(
     # A block may begin at the last token, and a run of pages at the last page: room for both to run over.
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, rows), (0, 0)))  # [K, G, T + rows, D]
     page_table = jnp.clip(jnp.pad(page_table, ((0, 0), (0, pages - 1))), 0, pool - 1)
+    k_rows, v_rows = k_pages.reshape(pool * kv_heads, -1), v_pages.reshape(pool * kv_heads, -1)
+
+    def taken(rows: jax.Array, scales: jax.Array | None, numbers: jax.Array, h: jax.Array) -> jax.Array:
+        some = fetch(rows, numbers * kv_heads + h)
+        if scales is not None:
+            some = some * scales[numbers, h][:, None]
+        return some.reshape(columns, head_dim)
 
     def chunk(r: jax.Array, out: jax.Array) -> jax.Array:
         return lax.fori_loop(0, -(-lengths[r] // rows), functools.partial(query_block, r), out)
@@ -76,40 +84,37 @@ def over_heads(
         position = contexts[r] + i * rows + jnp.arange(rows)
         end = contexts[r] + jnp.minimum((i + 1) * rows, lengths[r])  # Tokens that the block's last query sees.
         begin = 0 if window is None else jnp.maximum(position[0] - window + 1, 0)  # The first that its first one sees.
+        common = 0 if window is None else jnp.maximum(position[-1] - window + 1, 0)  # The first that all see.
+        bounds = begin // columns, -(-common // columns), (position[0] + 1) // columns, -(-end // columns)
 
         def head(h: jax.Array) -> jax.Array:
             query = lax.dynamic_slice(queries, (h, 0, first, 0), (1, group, rows, head_dim))
             query = query.reshape(group * rows, head_dim)
 
-            def key_block(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            def key_block(masked: bool, j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 best, weight, mean = carry
                 numbers = lax.dynamic_slice(page_table, (r, j * pages), (1, pages))[0]
-
-                def taken(pool: jax.Array, scales: jax.Array | None) -> jax.Array:
-                    some = pool.at[numbers, h].get(mode="promise_in_bounds").astype(jnp.float32)
-                    if scales is not None:
-                        some = some * scales[numbers, h][:, None, None]
-                    return some.reshape(columns, head_dim)
-
-                key = j * columns + jnp.arange(columns)
-                scores = jnp.einsum("qd,sd->qs", query, taken(k_pages, k_scales), precision=lax.Precision.HIGHEST)
+                keys, values = taken(k_rows, k_scales, numbers, h), taken(v_rows, v_scales, numbers, h)
+                scores = jnp.einsum("qd,sd->qs", query, keys, precision=lax.Precision.HIGHEST)
                 if soft_cap is not None:
                     scores = soft_cap * jnp.tanh(scores / soft_cap)
-                seen = (key <= position[:, None]) & (key < end)
-                if window is not None:
-                    seen &= key > position[:, None] - window
-                scores = jnp.where(seen, scores.reshape(group, rows, columns), -jnp.inf).reshape(scores.shape)
+                if masked:
+                    key = j * columns + jnp.arange(columns)
+                    seen = (key <= position[:, None]) & (key < end)
+                    if window is not None:
+                        seen &= key > position[:, None] - window
+                    scores = jnp.where(seen, scores.reshape(group, rows, columns), -jnp.inf).reshape(scores.shape)
+                    # A freed page may hold anything, NaN included, and 0 * NaN is NaN.
+                    values = jnp.where(((key >= begin) & (key < end))[:, None], values, 0)
                 new_best = jnp.maximum(best, scores.max(-1, keepdims=True))
                 rescale, p = jnp.exp(best - new_best), jnp.exp(scores - new_best)
-                # A freed page may hold anything, NaN included, and 0 * NaN is NaN.
-                values = jnp.where(((key >= begin) & (key < end))[:, None], taken(v_pages, v_scales), 0)
                 mean = mean * rescale + jnp.einsum("qs,sd->qd", p, values, precision=lax.Precision.HIGHEST)
                 return new_best, weight * rescale + p.sum(-1, keepdims=True), mean
 
             one = jnp.zeros((group * rows, 1))
             # The lowest number, not -inf: a row of padding sees nothing, and must not give NaN.
-            start = (one + jnp.finfo(jnp.float32).min, one, jnp.zeros_like(query))
-            _, weight, mean = lax.fori_loop(begin // columns, -(-end // columns), key_block, start)
+            carry = (one + jnp.finfo(jnp.float32).min, one, jnp.zeros_like(query))
+            _, weight, mean = walk(key_block, carry, *bounds)
             return (mean / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)).reshape(group, rows, head_dim)
 
         block = over(head, jnp.arange(kv_heads))

@@ -18,8 +18,9 @@ from ds_jax.runtime.programs import Chunk, DecodeState, Edits, Model, Prefill
 from ds_jax.runtime.sequence import Sequence
 from ds_jax.runtime.shapes import Shapes
 from ds_jax.sampling import SamplingParams, TokenLogprobs
+from kernels.projection import project
 from models.sharding import make_mesh
-from models.transformer import abstract_params, project
+from models.transformer import abstract_params
 
 SHAPES = Shapes(pages=1000, page_size=4, max_model_len=32, slots=4, rows=3, token_buckets=(8, 16))
 
