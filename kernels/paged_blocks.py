@@ -13,8 +13,16 @@ Number = int | jax.Array
 Carry = tuple[jax.Array, ...]
 
 
-def fetch(rows: Array, numbers: Int[Array, " n"]) -> Float[Array, "n E"]:
-    """Some rows of a flat view of a pool [rows, E], in float32.
+def flat(pool: Array, rows: int) -> Float[Array, "rows E"]:
+    """The pool as so many rows, no copy.
+
+    The barrier keeps XLA from writing new keys through this view as well: then it would copy the pool.
+    """
+    return lax.optimization_barrier(pool).reshape(rows, -1)
+
+
+def fetch(rows: Float[Array, "rows E"], numbers: Int[Array, " n"]) -> Float[Array, "n E"]:
+    """These rows of a `flat` pool, in float32.
 
     Flat, and held apart from what follows: XLA:CPU copies such rows at a core's bandwidth, and takes twice to ten
     times as long where it has fused the copy with arrays of more axes. Row by row: it splits a gather in two for the

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from kernels.backends import platform
 
-MOST_ROWS_RIGHT = 128
+MOST_ROWS_RIGHT = 64
 """Up to so many rows, activations are the right side of a product on the CPU."""
 
 

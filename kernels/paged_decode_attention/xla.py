@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels.paged_blocks import fetch, walk
+from kernels.paged_blocks import fetch, flat, walk
 from kernels.platforms import Over, by_platform
 
 BLOCK_BYTES = 65536
@@ -56,7 +56,7 @@ def over_sequences(
     columns = pages * size
     queries = (q.astype(jnp.float32) * scale).reshape(batch, kv_heads, heads // kv_heads, head_dim)
     page_table = jnp.clip(jnp.pad(page_table, ((0, 0), (0, pages - 1))), 0, pool - 1)
-    k_rows, v_rows = k_pages.reshape(pool, -1), v_pages.reshape(pool, -1)
+    k_rows, v_rows = flat(k_pages, pool), flat(v_pages, pool)
 
     def taken(rows: jax.Array, scales: jax.Array | None, numbers: jax.Array) -> jax.Array:  # [page, K, slot, D]
         some = fetch(rows, numbers).reshape(pages, kv_heads, size, head_dim)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels.paged_blocks import fetch, walk
+from kernels.paged_blocks import fetch, flat, walk
 from kernels.platforms import Over, by_platform
 
 QUERY_BLOCK = 128
@@ -68,7 +68,7 @@ def over_heads(
     # A block may begin at the last token, and a run of pages at the last page: room for both to run over.
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, rows), (0, 0)))  # [K, G, T + rows, D]
     page_table = jnp.clip(jnp.pad(page_table, ((0, 0), (0, pages - 1))), 0, pool - 1)
-    k_rows, v_rows = k_pages.reshape(pool * kv_heads, -1), v_pages.reshape(pool * kv_heads, -1)
+    k_rows, v_rows = flat(k_pages, pool * kv_heads), flat(v_pages, pool * kv_heads)
 
     def taken(rows: jax.Array, scales: jax.Array | None, numbers: jax.Array, h: jax.Array) -> jax.Array:
         some = fetch(rows, numbers * kv_heads + h)

@@ -30,11 +30,12 @@ def prefill(pool, q, kv, table, lengths, slots):
     return pool, out
 
 
+@pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("program", [decode, prefill])
-def test_the_compiled_program_holds_no_copy_of_the_pool(program):
+def test_the_compiled_program_holds_no_copy_of_the_pool(program, batch):
     layer = jax.ShapeDtypeStruct((PAGES, KV_HEADS, PAGE, HEAD_DIM), jnp.float32)
-    integers = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4, 6), (4,), (4,))]
-    q, kv = (jax.ShapeDtypeStruct((4, heads, HEAD_DIM), jnp.float32) for heads in (4, KV_HEADS))
+    integers = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, 6), (batch,), (batch,))]
+    q, kv = (jax.ShapeDtypeStruct((batch, heads, HEAD_DIM), jnp.float32) for heads in (4, KV_HEADS))
     lowered = jax.jit(program, donate_argnums=0).lower([(layer, layer)] * LAYERS, q, kv, *integers)
     done = lowered.compile()
     copies = [line for line in done.as_text().splitlines() if re.search(r"= \S+ (copy|copy-start)\(", line)]
