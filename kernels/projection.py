@@ -17,15 +17,16 @@ MOST_ROWS_RIGHT = 64
 def project(x: Float[Array, "T I"], weight: Float[Array, "O I"], out: Any = None) -> Float[Array, "T O"]:
     """x times weight transposed, as `out` (x's type if None); float32 at full precision (GPUs would take TF32 else).
 
-    XLA:CPU's library packs the right side of a product, at every call. With few rows that side should be the
-    activations, since packing a weight costs more than multiplying with it.
+    XLA:CPU's library packs the right side of a product of float32, at every call. With few rows that side should be
+    the activations, since packing a weight costs more than multiplying with it. (Short types it takes as they are on
+    the right; on the left XLA would write the weight as float32 first.)
     """
     rows, out = x.shape[0], out or x.dtype
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     if platform()[0] == "cpu":
         if rows == 1 and x.dtype != jnp.float32:
             return _row_times(x, weight, out)
-        if 1 < rows <= MOST_ROWS_RIGHT:
+        if 1 < rows <= MOST_ROWS_RIGHT and x.dtype == jnp.float32:
             # The barriers keep XLA from turning the product round again.
             columns = lax.optimization_barrier(x.T)
             product = lax.dot(weight, columns, precision=precision, preferred_element_type=out)

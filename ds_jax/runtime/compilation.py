@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,12 @@ def keep_compiled_programs(folder: str) -> None:
 
 
 def compile_ahead(
-    function: Callable[..., Any], arguments: tuple[Any, ...], *, donate: tuple[int, ...] = (), out_shardings: Any = None
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    *,
+    donate: tuple[int, ...] = (),
+    out_shardings: Any = None,
+    compiler_options: Mapping[str, bool | str] | None = None,
 ) -> Any:
     """Compile `function` for arguments of exactly these shapes, types and shardings.
 
@@ -46,12 +51,14 @@ def compile_ahead(
         arguments: trees of `jax.ShapeDtypeStruct` with shardings.
         donate: positions of arguments whose memory the results take over.
         out_shardings: of the results; None leaves them to the compiler.
+        compiler_options: XLA's, for this program.
 
     Returns:
         The compiled program: call it with arguments as described; it never compiles again.
     """
     with compiling():
-        return jax.jit(function, donate_argnums=donate, out_shardings=out_shardings).lower(*arguments).compile()
+        lowered = jax.jit(function, donate_argnums=donate, out_shardings=out_shardings).lower(*arguments)
+        return lowered.compile(compiler_options=dict(compiler_options or {}))
 
 
 @contextlib.contextmanager

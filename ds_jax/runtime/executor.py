@@ -110,7 +110,6 @@ class InProcessExecutor:
                 raise ValueError(f"{role}.pp = {group.pp} cannot be served yet: pipeline parallelism must be 1")
         self.checkpoint = open_checkpoint(config.model.path, config.model.load_format)
         self.arch = self.checkpoint.arch
-        keep_compiled_programs(config.engine.compilation_cache)
         devices = list(jax.devices() if devices is None else devices)
         sites = mesh.sites(config, self.arch, devices)
         dtype: str = config.model.dtype
@@ -119,6 +118,8 @@ class InProcessExecutor:
         self.dtype = dtype
         """Of weights, activations and KV."""
         self._dtype = jnp.dtype(dtype)
+        options = platform.compiler_options(devices[0], dtype, config.kernels.cpu_matmul)
+        keep_compiled_programs("" if options else config.engine.compilation_cache)  # oneDNN's cannot be kept
         self._policy = config.policy
         self._dummy = config.model.load_format == "dummy"
         models = [
@@ -128,6 +129,7 @@ class InProcessExecutor:
                 site.mesh,
                 *abstract_params(self.arch, site.group.tp, self._dtype, site.mesh),
                 backend=config.kernels.backend,
+                compiler_options=options,
                 plain=platform.waits_at_branches(site.mesh.devices.flat[0]),
             )
             for site in sites

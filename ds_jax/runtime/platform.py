@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Literal
 
 import jax
 
@@ -10,6 +11,10 @@ from ds_jax import check_siblings
 from ds_jax.config import Config
 
 _COUNT_FLAG = "xla_force_host_platform_device_count"
+_ONEDNN: dict[str, bool | str] = {
+    "xla_cpu_experimental_onednn_custom_call": True,
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",  # All others it would take first.
+}
 
 
 def waits_at_branches(device: jax.Device) -> bool:
@@ -19,6 +24,16 @@ def waits_at_branches(device: jax.Device) -> bool:
     this one, and neither conditionals nor loops enter a CUDA graph. Others branch where they compute.
     """
     return device.platform in ("gpu", "cuda", "rocm")
+
+
+def compiler_options(device: jax.Device, dtype: str, cpu_matmul: Literal["ynnpack", "onednn"]) -> dict[str, bool | str]:
+    """XLA's options for programs of a model of this type on this device.
+
+    oneDNN is left out of short types: where the processor has no instructions for them, it takes its reference
+    implementation, hundreds of times as long.
+    """
+    wanted = device.platform == "cpu" and dtype == "float32" and cpu_matmul == "onednn"
+    return dict(_ONEDNN) if wanted else {}
 
 
 def force_host_devices(config: Config) -> None:

@@ -6,8 +6,8 @@ more costs a transfer per device. What the layout is, `Prefill` and `DecodeState
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -47,6 +47,8 @@ class Model:
     """Abstract, with shardings."""
     backend: Backend = "auto"
     """Which form of the kernels is taken."""
+    compiler_options: Mapping[str, bool | str] = field(default_factory=dict)
+    """XLA's, for the programs that run the model."""
     plain: bool = False
     """Whether steps in which nobody asks for more than a temperature have programs of their own, without a branch."""
 
@@ -380,4 +382,6 @@ def compile_step(
     pool, pool_spec = abstract_pool(model.arch, model.dtype, shapes, model.mesh), spec_of(POOL_AXES)
     in_specs = partition_specs(model.params), pool_spec, *(EVERYWHERE,) * len(arguments)
     program = model.on_mesh(step, in_specs, (pool_spec, *(EVERYWHERE,) * results))
-    return compile_ahead(program, (model.params, pool, *arguments), donate=donate)
+    return compile_ahead(
+        program, (model.params, pool, *arguments), donate=donate, compiler_options=model.compiler_options
+    )

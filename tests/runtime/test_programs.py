@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,7 +14,8 @@ import numpy as np
 import pytest
 
 from ds_jax.architecture import Architecture
-from ds_jax.runtime import handover, host_memory, mixed, programs, sampling
+from ds_jax.runtime import handover, host_memory, mixed, platform, programs, sampling
+from ds_jax.runtime.compilation import compile_ahead
 from ds_jax.runtime.handover import Cut
 from ds_jax.runtime.programs import Chunk, DecodeState, Edits, Model, Prefill
 from ds_jax.runtime.sequence import Sequence
@@ -214,10 +217,20 @@ def test_a_small_batch_is_the_first_slots_of_a_large_one():
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-4), whole, small)
 
 
-def test_one_row_of_a_short_type_is_multiplied_without_a_float32_copy_of_the_weight():
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="jaxlib has oneDNN for x86 alone")
+def test_onednn_multiplies_float32_where_it_is_asked_for():
+    cpu = jax.devices("cpu")[0]
     random = np.random.default_rng(0)
-    x, weight = (jnp.asarray(random.normal(size=shape), jnp.bfloat16) for shape in ((1, 256), (512, 256)))
-    compiled = jax.jit(project).lower(x, weight).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < weight.size
-    expected = np.asarray(x, np.float32) @ np.asarray(weight, np.float32).T
-    np.testing.assert_allclose(np.asarray(compiled(x, weight), np.float32), expected, rtol=2**-8, atol=1e-4)
+    x, weight = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((128, 512), (1024, 512)))
+    compiled = compile_ahead(project, (x, weight), compiler_options=platform.compiler_options(cpu, "float32", "onednn"))
+    assert "__onednn$matmul" in compiled.as_text()
+    np.testing.assert_allclose(compiled(x, weight), np.asarray(x) @ np.asarray(weight).T, rtol=1e-4, atol=1e-3)
+    assert platform.compiler_options(cpu, "bfloat16", "onednn") == {}
+    assert platform.compiler_options(cpu, "float32", "ynnpack") == {}
+
+
+def test_the_model_s_programs_are_compiled_with_its_options():
+    this = replace(model(), compiler_options={"xla_no_such_option": True})
+    for program, size in ((programs.decode, SHAPES.slots), (programs.prefill, 16)):
+        with pytest.raises(RuntimeError, match="xla_no_such_option"):
+            program(this, SHAPES, size)
