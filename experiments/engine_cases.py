@@ -1,6 +1,6 @@
 """Cases of the engine's benchmark: batches of equal requests, and lists of unequal ones.
 
-Needs Python's own library only, since peers read these cases in environments of theirs (peer_requests.py).
+Needs Python's own library only, since peers read these cases in environments of theirs (peer_worker.py).
 """
 
 from __future__ import annotations
@@ -29,6 +29,19 @@ class Case:
     def longest(self) -> int:
         """Tokens of the longest sequence."""
         return self.prompt_tokens + self.output_tokens
+
+    def results(self, prefills: Sequence[float], totals: Sequence[float]) -> dict[str, Any]:
+        """What runs come to that took so many seconds: with one output token each, and with all of them."""
+        prefill, total, decoded = median(prefills), median(totals), self.batch * (self.output_tokens - 1)
+        return {
+            **dataclasses.asdict(self),
+            "prefill_seconds": prefill,
+            "total_seconds": total,
+            "prefill_tokens_per_s": self.batch * self.prompt_tokens / prefill,
+            "decode_tokens_per_s": decoded / (total - prefill) if decoded and total > prefill else None,
+            "all_prefill_seconds": list(prefills),
+            "all_total_seconds": list(totals),
+        }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import jax
 import pytest
 
-from ds_jax.config import FORETELLING
+from ds_jax.config import FORETELLING, Config, ModelConfig
 from ds_jax.scheduling import POLICIES
-from experiments import device_trace
-from experiments.bench_engine import decode_rate
+from experiments import beside_vllm, device_trace
 from experiments.device_trace import Span
 from experiments.engine_cases import Case, Mixed, mixed_requests, read_cases
+from experiments.engine_runs import decode_rate
 from experiments.kernel_cases import Load, loads
 from experiments.scheduler_drive import measure
 
@@ -114,3 +115,38 @@ def test_of_a_trace_only_the_streams_of_a_gpu_are_read(tmp_path: Path):
     written = jax.profiler.ProfileData.text_proto_to_serialized_xspace(planes)
     (tmp_path / "machine.xplane.pb").write_bytes(written)
     assert device_trace.read(tmp_path) == [Span(1005.0, 1012.0, "kernel")]
+
+
+def test_two_engines_are_measured_in_turns_on_the_same_prompts():
+    served: list[tuple[str, int, tuple[int, ...]]] = []
+    first_tokens: dict[str, set[int]] = {"ours": set(), "vllm": set()}
+
+    def side(name: str, seconds: float):
+        def serve(prompts: list[list[int]], counts: list[int]) -> float:
+            served.append((name, len(prompts), tuple(counts)))
+            first_tokens[name].add(prompts[0][0])
+            return seconds * (1 + sum(counts))
+
+        return serve
+
+    sides = {"ours": side("ours", 1.0), "vllm": side("vllm", 2.0)}
+    found = beside_vllm.measure(Case("two", 2, 5, 3), sides, 1000, 0, rounds=2, gap_s=0.0)
+    assert [name for name, _, counts in served if counts == (3, 3)][-4:] == ["ours", "vllm", "vllm", "ours"]
+    assert first_tokens["ours"] == first_tokens["vllm"]
+    assert found["ours"]["all_prefill_seconds"] == [3.0, 3.0]
+    assert found["ours"]["prefill_tokens_per_s"] == 10 / 3
+    assert found["ours"]["decode_tokens_per_s"] == 4 / (7 - 3)
+    assert found["ratios"] == {"prefill_tokens_per_s": 2.0, "decode_tokens_per_s": 2.0}
+
+    unequal = beside_vllm.measure(Mixed("some", ((4, 2), (7, 1))), sides, 1000, 0, rounds=1, gap_s=0.0)
+    assert unequal["ours"]["total_tokens_per_s"] == 14 / 4
+    assert unequal["ratios"] == {"total_tokens_per_s": 2.0}
+
+
+def test_a_peer_without_vllm_ends_the_measurement_with_its_log(tmp_path: Path):
+    config = Config(model=ModelConfig(path=str(tmp_path)))
+    peer = beside_vllm.Peer(sys.executable, config, "float32", tmp_path / "vllm.log")
+    with pytest.raises(RuntimeError, match=r"vLLM ended with code 1; see .*vllm\.log"):
+        peer.answer()
+    peer.close()
+    assert "No module named 'vllm'" in (tmp_path / "vllm.log").read_text()

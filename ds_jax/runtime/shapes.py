@@ -10,7 +10,7 @@ from ds_jax.protocol import pages_for
 SMALLEST_STEP_TOKENS = 32
 SMALLEST_COPY_PAGES = 4
 FEWEST_BUCKETED_SLOTS = 17
-"""With fewer slots a step of all costs about as much as one of one (on a CPU up to three times), and a program less is
+"""With fewer slots a step of all costs about as much as one of one (on a CPU up to twice), and a program less is
 compiled."""
 MOST_HOST_PAGES = 64
 """Pages that one program moves to or from host memory; further ones take further runs of it."""
