@@ -28,7 +28,7 @@ from absl import flags
 from tqdm import tqdm
 
 from ds_jax.flags import define_config, load_config, run
-from experiments.engine_cases import Case, Mixed, random_prompts, read_cases
+from experiments.engine_cases import Case, Mixed, read_cases
 from experiments.engine_runs import Bench
 from experiments.output import Output, axes, table
 
@@ -100,11 +100,8 @@ def measure(
     case: Case | Mixed, sides: dict[str, Serve], vocab: int, seed: int, rounds: int, gap_s: float
 ) -> dict[str, Any]:
     """The case served by both sides in turns."""
-    if isinstance(case, Case):
-        warm_up, batch = (random_prompts([case.prompt_tokens] * case.batch, vocab, (seed, part)) for part in range(2))
-        counts = [case.output_tokens] * case.batch
-    else:
-        (warm_up, batch), counts = case.prompts(vocab, seed), case.output_tokens
+    warm_up, batch = case.prompts(vocab, seed)
+    counts = [case.output_tokens] * case.batch if isinstance(case, Case) else case.output_tokens
     for serve in sides.values():
         serve(warm_up, [min(count, 4) for count in counts[: len(warm_up)]])
     prefills: dict[str, list[float]] = {name: [] for name in sides}

@@ -30,6 +30,11 @@ class Case:
         """Tokens of the longest sequence."""
         return self.prompt_tokens + self.output_tokens
 
+    def prompts(self, vocab: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:
+        """As many prompts to warm up with, and those to measure."""
+        warm_up, batch = (random_prompts([self.prompt_tokens] * self.batch, vocab, (seed, part)) for part in range(2))
+        return warm_up, batch
+
     def results(self, prefills: Sequence[float], totals: Sequence[float]) -> dict[str, Any]:
         """What runs come to that took so many seconds: with one output token each, and with all of them."""
         prefill, total, decoded = median(prefills), median(totals), self.batch * (self.output_tokens - 1)

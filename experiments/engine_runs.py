@@ -67,7 +67,7 @@ class Bench:
 
     def measure(self, case: Case, vocab: int, repeats: int, seed: int) -> dict[str, Any]:
         """The case with its times."""
-        warm_up, batch = (random_prompts([case.prompt_tokens] * case.batch, vocab, (seed, part)) for part in range(2))
+        warm_up, batch = case.prompts(vocab, seed)
         self.timed(warm_up, [min(case.output_tokens, 4)] * case.batch)
         prefills, runs = [], []
         for _ in range(repeats):
