@@ -62,6 +62,8 @@ class DecodeConfig(GroupConfig):
 
     slots: int = 32
     """Sequences decoded in one step."""
+    slot_buckets: tuple[int, ...] = ()
+    """Batches to compile, in slots, beside that of all; empty: 1 and 16, where there are more slots."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class MixedConfig(PrefillConfig):
     """Copies of the weights in this role, each on its own devices."""
     slots: int = 32
     """Sequences decoded in one step."""
+    slot_buckets: tuple[int, ...] = ()
+    """Batches to compile, in slots, beside that of all; empty: 1 and 16, where there are more slots."""
 
 
 @dataclass(frozen=True)
@@ -208,8 +212,10 @@ class Config:
                 _at_least(f"{name}.{knob}", getattr(group, knob), 1)
             for bucket in group.token_buckets:
                 _at_least(f"{name}.token_buckets", bucket, 1)
-        _at_least("decode.slots", self.decode.slots, 1)
-        _at_least("mixed.slots", self.mixed.slots, 1)
+        for name, group in (("decode", self.decode), ("mixed", self.mixed)):
+            _at_least(f"{name}.slots", group.slots, 1)
+            for bucket in group.slot_buckets:
+                _at_least(f"{name}.slot_buckets", bucket, 1)
         _at_least("cache.page_size", self.cache.page_size, 1)
         _at_least("cache.num_pages", self.cache.num_pages, 0)
         _at_least("cache.host_pages", self.cache.host_pages, 0)

@@ -8,7 +8,9 @@ step and not one per token.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
+import itertools
 import logging
 import queue
 import random
@@ -101,6 +103,8 @@ class Engine:
         self._inbox: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="ds-jax-dispatch", daemon=True)
         self._now_ns = 0
+        self._more = False
+        """Whether another request arrives at once after the one that does now."""
         self._timers: list[tuple[int, str]] = []
         self._living: dict[int, Sequence] = {}
         self._deadlines: dict[int, int] = {}
@@ -264,20 +268,28 @@ class Engine:
 
     def _run(self) -> None:
         while True:
-            try:
-                callback, args = self._inbox.get(timeout=self._until_next_timer_s())
-            except queue.Empty:
-                callback, args = _nothing, ()
-            if callback is _quit:
-                return
-            self._now_ns = time.monotonic_ns()
-            try:
-                callback(*args)
-                self._ring()
-            except Exception as error:  # a bug: nobody must wait for tokens that will never come
-                log.exception("the engine failed")
-                self._fail(f"{type(error).__name__}: {error}")
-            self._deliver()
+            for (callback, args), (following, _) in itertools.pairwise([*self._calls(), (_nothing, ())]):
+                if callback is _quit:
+                    return
+                if not self._more:  # those that arrive together do so at one time
+                    self._now_ns = time.monotonic_ns()
+                self._more = callback == following == self._arrive
+                try:
+                    callback(*args)
+                    self._ring()
+                except Exception as error:  # a bug: nobody must wait for tokens that will never come
+                    log.exception("the engine failed")
+                    self._fail(f"{type(error).__name__}: {error}")
+                self._deliver()
+
+    def _calls(self) -> list[tuple[Callable[..., None], tuple[Any, ...]]]:
+        """What is to be called, as much as there is; waits for something to come, or for the next timer."""
+        calls = []
+        with contextlib.suppress(queue.Empty):
+            calls.append(self._inbox.get(timeout=self._until_next_timer_s()))
+            while True:
+                calls.append(self._inbox.get_nowait())
+        return calls or [(_nothing, ())]
 
     def _until_next_timer_s(self) -> float | None:
         if not self._timers:
@@ -306,7 +318,7 @@ class Engine:
             slo=slo,
             n=len(sequences),
         )
-        self._handle(Arrived(request))
+        self._handle(Arrived(request, self._more))
 
     def _stop(self, id: int, reason: str) -> None:
         sequence = self._living.get(id)

@@ -108,7 +108,11 @@ class Instance:
 
 @message
 class Arrived:
+    """Requests that arrive together are told one after the other, all but the last with `more`: they are planned
+    together, when the last has been told."""
+
     request: Request
+    more: bool = False
 
 
 @message

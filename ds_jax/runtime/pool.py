@@ -15,7 +15,7 @@ from ds_jax.architecture import DTYPE_BYTES, Architecture
 from ds_jax.config import Config, DecodeConfig, GroupConfig, MixedConfig, PrefillConfig
 from ds_jax.protocol import pages_for
 from ds_jax.runtime.mesh import Site
-from ds_jax.runtime.shapes import Shapes, step_tokens, token_buckets
+from ds_jax.runtime.shapes import Shapes, slot_buckets, step_tokens, token_buckets
 from models.sharding import POOL_AXES, TENSOR, sharding_of
 from models.transformer import Params
 
@@ -117,6 +117,7 @@ def _shapes(config: Config, group: GroupConfig, pages: int, max_model_len: int) 
         page_size=config.cache.page_size,
         max_model_len=max_model_len,
         slots=slots,
+        slot_buckets=slot_buckets(group),
         rows=rows,
         token_buckets=token_buckets(group, max_model_len),
         mixes=config.mixes and bool(slots and rows),

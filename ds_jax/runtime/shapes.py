@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ds_jax.config import GroupConfig, PrefillConfig
+from ds_jax.config import DecodeConfig, GroupConfig, MixedConfig, PrefillConfig
 from ds_jax.protocol import pages_for
 
 SMALLEST_STEP_TOKENS = 32
@@ -27,6 +27,8 @@ class Shapes:
     """Most tokens of one sequence."""
     slots: int = 0
     """Sequences of a decode step; 0: no decode program."""
+    slot_buckets: tuple[int, ...] = ()
+    """Sequences of a decode step, ascending: the first slots, as many as reach the last one in use."""
     rows: int = 0
     """Prompts of a prefill step."""
     token_buckets: tuple[int, ...] = ()
@@ -50,11 +52,6 @@ class Shapes:
     def host_buckets(self) -> tuple[int, ...]:
         """Pages that go to or from host memory at a time."""
         return powers(SMALLEST_COPY_PAGES, min(self.table_pages, MOST_HOST_PAGES), 4) if self.host_pages else ()
-
-    @property
-    def slot_buckets(self) -> tuple[int, ...]:
-        """Sequences of a decode step: the first slots, as many as reach the last one in use."""
-        return powers(1, self.slots, 16) if self.slots >= FEWEST_BUCKETED_SLOTS else (self.slots,)
 
     @property
     def edit_buckets(self) -> tuple[int, ...]:
@@ -94,6 +91,15 @@ def token_buckets(group: GroupConfig, max_model_len: int) -> tuple[int, ...]:
     while longest < max_model_len:
         longest *= 2
     return powers(SMALLEST_STEP_TOKENS, min(group.max_step_tokens, longest), 2)
+
+
+def slot_buckets(group: GroupConfig) -> tuple[int, ...]:
+    """Batches to compile for a group: its own and that of all slots, or 1, 16, …, where there are enough slots."""
+    if not isinstance(group, DecodeConfig | MixedConfig):
+        return ()
+    if group.slot_buckets:
+        return (*sorted({size for size in group.slot_buckets if size < group.slots}), group.slots)
+    return powers(1, group.slots, 16) if group.slots >= FEWEST_BUCKETED_SLOTS else (group.slots,)
 
 
 def bucket_or_last(size: int, buckets: list[int]) -> int:

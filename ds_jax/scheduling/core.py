@@ -5,7 +5,7 @@ A policy is a `Policy` with decisions of its own, of which only `plan` has no de
 * `place_prompt`: on which instance a prompt is prefilled, or None to let it wait;
 * `place_decode`: which instance decodes a finished prefill: where it is (no copy), another one (which pulls it), none;
 * `plan`: the next steps of one instance: which chunks, with or without the decodes of the lane;
-* `dispatch`: called once after every event, for who keeps prompts waiting in `waiting` until something has changed;
+* `dispatch`: called after every event, for who keeps prompts waiting in `waiting` until something has changed;
 * `admit`: who of those whose pages have landed gets a slot;
 * `on_timer`: what is to be done at a time that the policy has asked for.
 
@@ -106,7 +106,8 @@ class Policy:
         worker.decoding.admit()
 
     def dispatch(self) -> None:
-        """Called after each event, before the workers are planned: the place to `assign` those in `waiting`."""
+        """Called after each event (of arrivals that come together, after the last), before the workers are planned: the
+        place to `assign` those in `waiting`."""
 
     def on_timer(self, key: str) -> None:
         """A timer that the policy has set itself is due."""
@@ -169,10 +170,12 @@ class Policy:
         return {id: worker.host for id, worker in self.workers.items()}
 
     def handle(self, event: Event, now_ns: int) -> list[Command]:
-        """Take one event in, then plan whatever it made possible."""
+        """Take one event in, then plan whatever it made possible, unless more arrivals follow at once."""
         self.now_ns = now_ns
         commands = self._commands = list[Command]()
         self._HEAR[type(event)](self, event)
+        if type(event) is Arrived and event.more:
+            return commands
         self.dispatch()
         self._plan()
         return commands

@@ -182,8 +182,9 @@ class VirtualTime:
         while arrival is not None or len(heap) > self._timers or (heap and self._left):
             if arrival is not None and (not heap or (arrival.arrival_ns, outside) <= heap[0][:2]):
                 self.now_ns = arrival.arrival_ns
-                self._arrive(arrival)
-                arrival = next(arrivals, None)
+                following = next(arrivals, None)
+                self._arrive(arrival, following is not None and following.arrival_ns == self.now_ns)
+                arrival = following
                 continue
             self.now_ns, _, what = heapq.heappop(heap)
             self._timers -= type(what) is Timer
@@ -204,7 +205,7 @@ class VirtualTime:
 
     # --- events -------------------------------------------------------------------------------------------------------
 
-    def _arrive(self, submission: Submission) -> None:
+    def _arrive(self, submission: Submission, more: bool) -> None:
         request, outputs = submission.request, submission.output_tokens
         each = (outputs,) * request.n if isinstance(outputs, int) else outputs
         for id, output in zip(request.sequences, each, strict=True):
@@ -213,7 +214,7 @@ class VirtualTime:
             self._left[id] = output
             if output < request.max_tokens:
                 self._stops.add(id)
-        self._tell(Arrived(request))
+        self._tell(Arrived(request, more))
 
     def _outside(self, event: Event) -> None:
         if isinstance(event, Stopped):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,6 +15,7 @@ from ds_jax.async_engine import AsyncEngine, Output
 from ds_jax.config import EngineConfig
 from ds_jax.errors import Draining, Overloaded, RequestError
 from ds_jax.llm import LLM
+from ds_jax.protocol import Arrived, Event, StepDone
 from ds_jax.sampling import SamplingParams
 from tests import goldens
 from tests.engine.serving import config_for, mixed_requests, serve
@@ -97,6 +99,22 @@ def test_four_outputs_of_one_prompt_differ_and_come_again_from_the_same_seed(llm
     again = llm.generate([[7] * 20, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]], [replace(params, n=2), params])[1]
     assert [one.token_ids for one in again.completions] == [one.token_ids for one in first.completions]
     until(lambda: pages_used(llm) == 0)
+
+
+def test_prompts_given_together_are_planned_together(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[Event] = []
+    ask = llm.engine._ask
+    monkeypatch.setattr(llm.engine, "_ask", lambda event, now_ns: (heard.append(event), ask(event, now_ns))[1])
+    busy, here = threading.Event(), threading.Event()
+    llm.engine.call_soon(lambda: (here.set(), busy.wait(30)))
+    assert here.wait(30)
+    ids = [llm.engine.submit([1, 2, index], GREEDY).start for index in range(3)]
+    busy.set()
+    until(lambda: not llm.engine.statistics()["requests"] and len(heard) > 3)
+    arrived = [event for event in heard if isinstance(event, Arrived)]
+    assert [(event.request.id, event.more) for event in arrived] == list(zip(ids, (True, True, False), strict=True))
+    first = next(event for event in heard if isinstance(event, StepDone))
+    assert set(first.emitted) == set(ids), "one step ran all three"
 
 
 def test_an_abort_frees_the_pages(llm: LLM) -> None:

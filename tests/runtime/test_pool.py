@@ -15,7 +15,7 @@ from ds_jax.protocol import Role
 from ds_jax.runtime import mesh, pool
 from ds_jax.runtime.executor import InProcessExecutor
 from ds_jax.runtime.pool import memory_bytes, page_bytes, plan, useful_pages
-from ds_jax.runtime.shapes import token_buckets
+from ds_jax.runtime.shapes import slot_buckets, token_buckets
 from models.transformer import abstract_params
 from tests.runtime.harness import write_config
 
@@ -159,6 +159,20 @@ def test_meshes_are_disjoint_and_in_the_order_of_the_groups():
 )
 def test_step_sizes_to_compile(group: Any, length: int, buckets: tuple[int, ...]):
     assert token_buckets(group, length) == buckets
+
+
+@pytest.mark.parametrize(
+    "group, buckets",
+    [
+        (DecodeConfig(slots=16), (16,)),
+        (DecodeConfig(slots=17), (1, 16, 17)),
+        (MixedConfig(slots=512), (1, 16, 256, 512)),
+        (MixedConfig(slots=8, slot_buckets=(4, 2, 8, 64, 4)), (2, 4, 8)),
+        (PrefillConfig(), ()),
+    ],
+)
+def test_batches_to_compile(group: Any, buckets: tuple[int, ...]):
+    assert slot_buckets(group) == buckets
 
 
 def test_the_dtype_is_float32_on_a_cpu_unless_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

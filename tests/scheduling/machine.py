@@ -139,10 +139,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(
         lengths=st.lists(st.tuples(st.integers(1, 7), st.integers(1, 9), st.integers(1, 12)), min_size=1, max_size=6),
         n=st.integers(-4, 3),
+        together=st.booleans(),
     )
-    def burst(self, lengths: list[tuple[int, int, int]], n: int) -> None:
-        for prompt, max_tokens, true_length in lengths:
-            self._arrive(prompt, max_tokens, true_length, n=max(1, n))
+    def burst(self, lengths: list[tuple[int, int, int]], n: int, together: bool) -> None:
+        for index, (prompt, max_tokens, true_length) in enumerate(lengths):
+            self._arrive(prompt, max_tokens, true_length, n=max(1, n), more=together and index + 1 < len(lengths))
 
     @rule(
         prompt=st.integers(1, 30),
@@ -165,6 +166,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         deadline_ns: int | None = None,
         lockstep: bool = False,
         n: int = 1,
+        more: bool = False,
     ) -> None:
         deadline = None if deadline_ns is None else self.now_ns + deadline_ns
         request = Request(self.arrived, prompt, max_tokens, deadline_ns=deadline, lockstep=lockstep, n=n)
@@ -177,7 +179,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 for without in (Role.DECODE, Role.PREFILL)
             )
         )
-        commands = self._tell(Arrived(request))
+        commands = self._tell(Arrived(request, more))
         rejected = {command.sequence for command in commands if isinstance(command, Reject)}
         if (deadline is None or deadline > self.now_ns) and n == 1:  # a policy may have its limit of n
             assert bool(rejected) == impossible, f"{request} is {'im' * impossible}possible, answered by {commands}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_jax.protocol import Instance, Role
+from ds_jax.protocol import Arrived, Instance, Request, Role
 from ds_jax.scheduling.colocated import Colocated
 from tests.scheduling.world import World, copies, decoded, prefilled, runs
 
@@ -51,6 +51,14 @@ def test_prompts_share_a_step_up_to_its_tokens_and_the_rest_waits_in_order():
     for id, prompt in enumerate((4, 5, 4, 1)):
         w.arrive(id, prompt)
     assert advance(w, 4) == [([8], []), ([9], []), ([0, 1], []), ([2, 3], [])]
+
+
+def test_prompts_that_arrive_together_share_the_first_step():
+    w = World(Colocated(), instance(max_step_tokens=10))
+    for id, prompt in enumerate((4, 5, 4, 1)):
+        assert not w.news
+        w.tell(Arrived(Request(id, prompt, 1), more=id < 3))
+    assert advance(w, 2) == [([0, 1], []), ([2, 3], [])]
 
 
 def test_no_more_prompts_begin_than_will_find_slots():
