@@ -74,6 +74,12 @@ def test_a_loaded_system_keeps_every_rule_page_by_page(seed):
         assert sum(one.stages_ns) == one.end_ns - one.arrived_ns
 
 
+def test_what_arrives_at_one_time_is_planned_together():
+    work = submissions([0, 0, 1], fixed(10, 2, 3))
+    result = simulate(Disaggregated(), [PREFILL, DECODE], work, LATENCY, strict=True, steps=True)
+    assert [[one.sequence for one in step.prefills] for step in result.steps[0]] == [[0, 1], [2]]
+
+
 def test_chunks_in_two_lanes_come_out_in_order():
     class Shrinking(LinearLatency):
         def step_ns(self, step, context_tokens):
