@@ -1,4 +1,4 @@
-"""Where a request's time went: the five stages, TTFT, TPOT, and the share of requests inside their targets.
+"""Where a request's time went: the five stages, TTFT and TPOT.
 
 `StageClock` hears what a scheduler hears and answers, so that one piece of code stamps the engine's requests in real
 time and the simulator's in virtual time.
@@ -6,7 +6,6 @@ time and the simulator's in virtual time.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from ds_jax.protocol import (
     Reject,
     Request,
     Run,
-    Slo,
     Step,
     StepDone,
     Stopped,
@@ -440,47 +438,3 @@ class StageClock:
             move.ends.discard(dead)
             if not move.ends:  # nobody is left to answer for it
                 self._copy_done(id, now_ns, then=PREFILL_QUEUEING)
-
-
-@dataclass(frozen=True)
-class Attainment:
-    """Shares of requests, 0 to 1, inside their targets."""
-
-    requests: int
-    ttft: float
-    tpot: float
-    both: float
-
-
-def attainment(times: Iterable[RequestTimes], slo: Slo) -> Attainment:
-    """Share of requests inside the TTFT target, the TPOT target, and both (DistServe's goodput needs >= 0.9 of both).
-
-    A request that was rejected, or ended without a token, is inside none.
-
-    Raises:
-        ValueError: there are no requests.
-    """
-    count = ttft = tpot = both = 0
-    for one in times:
-        count += 1
-        if one.rejected or one.ttft_ns is None or one.tpot_ns is None:
-            continue
-        fast_start, fast_tokens = one.ttft_ns <= slo.ttft_ns, one.tpot_ns <= slo.tpot_ns
-        ttft += fast_start
-        tpot += fast_tokens
-        both += fast_start and fast_tokens
-    if not count:
-        raise ValueError("attainment needs at least one request, got none")
-    return Attainment(count, ttft / count, tpot / count, both / count)
-
-
-def percentile(values: Iterable[float], share: float) -> float:
-    """The smallest value that at least `share` (0 to 1) of the values do not exceed.
-
-    Raises:
-        ValueError: there are no values, or share is outside 0 to 1.
-    """
-    ordered = sorted(values)
-    if not ordered or not 0 <= share <= 1:
-        raise ValueError(f"percentile needs values and a share from 0 to 1, got {len(ordered)} values and {share}")
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]

@@ -11,7 +11,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from ds_jax.metrics import DECODE_QUEUEING, PREFILL_QUEUEING, RequestTimes, StageClock, percentile
+import numpy as np
+
+from ds_jax.metrics import DECODE_QUEUEING, PREFILL_QUEUEING, RequestTimes, StageClock
 from ds_jax.protocol import (
     STAGES,
     Arrived,
@@ -317,5 +319,8 @@ class Timeline:
 
 
 def _percentiles(values_ns: list[Any]) -> dict[str, float]:
-    shares = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
-    return {name: percentile(values_ns, share) / 1e9 for name, share in shares.items()} if values_ns else {}
+    if not values_ns:
+        return {}
+    shares = (50, 90, 99)
+    found = np.percentile(values_ns, shares, method="inverted_cdf")
+    return {f"p{share}": float(value) / 1e9 for share, value in zip(shares, found, strict=True)}

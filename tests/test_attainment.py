@@ -28,9 +28,10 @@ def test_shares_are_counted_jointly_and_per_target():
     for ttft_s, tpot_s in ((1, 0.1), (3, 0.1), (1, 0.3), (3, 0.3), (2, 0.2)):
         run.add(life(ttft_s=ttft_s, tpot_s=tpot_s), slo)
     run.add(life(rejected=True), slo)
+    run.add(life(output=1), Slo(2 * S, 0))  # one token has no time between tokens
     shares = run.shares()
-    assert (shares.requests, shares.both, shares.ttft, shares.tpot) == (6, 2 / 6, 3 / 6, 3 / 6)
-    assert shares.rejected == 1 / 6
+    assert (shares.requests, shares.both, shares.ttft, shares.tpot) == (7, 3 / 7, 4 / 7, 4 / 7)
+    assert shares.rejected == 1 / 7
 
 
 def test_classes_are_told_apart_and_each_request_has_its_own_targets():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ds_jax.metrics import RequestTimes, StageClock, attainment, percentile
+from ds_jax.metrics import RequestTimes, StageClock
 from ds_jax.protocol import (
     STAGES,
     Arrived,
@@ -17,7 +17,6 @@ from ds_jax.protocol import (
     Reject,
     Request,
     Run,
-    Slo,
     Step,
     StepDone,
     Stopped,
@@ -216,39 +215,3 @@ def test_a_sequence_is_forgotten_when_it_is_read_and_not_read_before_its_end(han
     assert not hand.clock.ended(0)
     with pytest.raises(KeyError):
         hand.clock.pop(0)
-
-
-def times(ttft_ns, tpot_ns, output=3, rejected=False) -> RequestTimes:
-    first = None if ttft_ns is None else ttft_ns
-    end = 0 if ttft_ns is None else ttft_ns + round(tpot_ns * (output - 1))
-    return RequestTimes(0, 1, output, 0, first, end, (end, 0, 0, 0, 0), "stop", rejected)
-
-
-def test_attainment_is_joint_and_per_target():
-    slo = Slo(ttft_ns=100, tpot_ns=10)
-    sample = [
-        times(100, 10),
-        times(101, 10),
-        times(100, 11),
-        times(101, 11),
-        times(None, 0),
-        times(1, 1, rejected=True),
-    ]
-    result = attainment(sample, slo)
-    assert (result.requests, result.ttft, result.tpot, result.both) == (6, 2 / 6, 2 / 6, 1 / 6)
-
-
-def test_one_token_has_no_time_between_tokens():
-    assert attainment([times(50, 0, output=1)], Slo(100, 0)).both == 1.0
-
-
-def test_attainment_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="at least one request"):
-        attainment([], Slo(1, 1))
-
-
-def test_percentiles_are_values_of_the_sample():
-    values = [5, 1, 4, 2, 3]
-    assert [percentile(values, share) for share in (0, 0.2, 0.21, 0.5, 0.9, 1)] == [1, 1, 2, 3, 5, 5]
-    with pytest.raises(ValueError):
-        percentile([], 0.5)
