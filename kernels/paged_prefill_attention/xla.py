@@ -64,9 +64,8 @@ def over_heads(
     rows = min(max(QUERY_BLOCK // group, 16), tokens)
     pages = min(max(1, KEY_BLOCK // size), page_table.shape[1])
     columns = pages * size
-    queries = (q.astype(jnp.float32) * scale).reshape(tokens, kv_heads, group, head_dim).transpose(1, 2, 0, 3)
-    # A block may begin at the last token, and a run of pages at the last page: room for both to run over.
-    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, rows), (0, 0)))  # [K, G, T + rows, D]
+    queries = q.reshape(tokens, kv_heads, group, head_dim)
+    # A run of pages may begin at the last page: room for it to run over.
     page_table = jnp.clip(jnp.pad(page_table, ((0, 0), (0, pages - 1))), 0, pool - 1)
     k_rows, v_rows = flat(k_pages, pool * kv_heads), flat(v_pages, pool * kv_heads)
 
@@ -80,16 +79,19 @@ def over_heads(
         return lax.fori_loop(0, -(-lengths[r] // rows), functools.partial(query_block, r), out)
 
     def query_block(r: jax.Array, i: jax.Array, out: jax.Array) -> jax.Array:
-        first = starts[r] + i * rows
-        position = contexts[r] + i * rows + jnp.arange(rows)
+        first = contexts[r] + i * rows
         end = contexts[r] + jnp.minimum((i + 1) * rows, lengths[r])  # Tokens that the block's last query sees.
-        begin = 0 if window is None else jnp.maximum(position[0] - window + 1, 0)  # The first that its first one sees.
-        common = 0 if window is None else jnp.maximum(position[-1] - window + 1, 0)  # The first that all see.
-        bounds = begin // columns, -(-common // columns), (position[0] + 1) // columns, -(-end // columns)
+        begin = 0 if window is None else jnp.maximum(first - window + 1, 0)  # The first that its first one sees.
+        common = 0 if window is None else jnp.maximum(first + rows - window, 0)  # The first that all see.
+        bounds = begin // columns, -(-common // columns), (first + 1) // columns, -(-end // columns)
+        # Where tokens end before the block does, it lies further ahead, and what is not its own is computed in vain.
+        place = jnp.minimum(starts[r] + i * rows, tokens - rows)
+        number = place - starts[r] + jnp.arange(rows)
+        position = contexts[r] + number
 
         def head(h: jax.Array) -> jax.Array:
-            query = lax.dynamic_slice(queries, (h, 0, first, 0), (1, group, rows, head_dim))
-            query = query.reshape(group * rows, head_dim)
+            query = lax.dynamic_slice(queries, (place, h, 0, 0), (rows, 1, group, head_dim))
+            query = query.reshape(rows * group, head_dim).astype(jnp.float32) * scale
 
             def key_block(masked: bool, j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 best, weight, mean = carry
@@ -103,7 +105,8 @@ def over_heads(
                     seen = (key <= position[:, None]) & (key < end)
                     if window is not None:
                         seen &= key > position[:, None] - window
-                    scores = jnp.where(seen, scores.reshape(group, rows, columns), -jnp.inf).reshape(scores.shape)
+                    by_head = scores.reshape(rows, group, columns)
+                    scores = jnp.where(seen[:, None], by_head, -jnp.inf).reshape(scores.shape)
                     # A freed page may hold anything, NaN included, and 0 * NaN is NaN.
                     values = jnp.where(((key >= begin) & (key < end))[:, None], values, 0)
                 new_best = jnp.maximum(best, scores.max(-1, keepdims=True))
@@ -111,16 +114,15 @@ def over_heads(
                 mean = mean * rescale + jnp.einsum("qs,sd->qd", p, values, precision=lax.Precision.HIGHEST)
                 return new_best, weight * rescale + p.sum(-1, keepdims=True), mean
 
-            one = jnp.zeros((group * rows, 1))
+            one = jnp.zeros((rows * group, 1))
             # The lowest number, not -inf: a row of padding sees nothing, and must not give NaN.
             carry = (one + jnp.finfo(jnp.float32).min, one, jnp.zeros_like(query))
             _, weight, mean = walk(key_block, carry, *bounds)
-            return (mean / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)).reshape(group, rows, head_dim)
+            return (mean / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)).reshape(rows, group, head_dim)
 
-        block = over(head, jnp.arange(kv_heads))
-        mine = (i * rows + jnp.arange(rows) < lengths[r])[:, None]
-        old = lax.dynamic_slice_in_dim(out, first, rows, axis=2)
-        return lax.dynamic_update_slice_in_dim(out, jnp.where(mine, block, old), first, axis=2)
+        block = over(head, jnp.arange(kv_heads)).swapaxes(0, 1).astype(q.dtype)
+        mine = ((number >= i * rows) & (number < lengths[r]))[:, None, None, None]
+        old = lax.dynamic_slice_in_dim(out, place, rows)
+        return lax.dynamic_update_slice_in_dim(out, jnp.where(mine, block, old), place, axis=0)
 
-    out = lax.fori_loop(0, starts.shape[0], chunk, jnp.zeros_like(queries))
-    return out[:, :, :tokens].transpose(2, 0, 1, 3).reshape(q.shape).astype(q.dtype)
+    return lax.fori_loop(0, starts.shape[0], chunk, jnp.zeros_like(queries)).reshape(q.shape)
