@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -69,6 +71,7 @@ class Peer:
                 stderr=words,
                 text=True,
                 cwd=Path(__file__).resolve().parents[1],
+                start_new_session=True,  # a process group, with the processes that vLLM starts
             )
 
     def answer(self) -> dict[str, Any]:
@@ -86,14 +89,16 @@ class Peer:
         return self.answer()["seconds"]
 
     def close(self) -> None:
-        """Let it end."""
+        """Let it end, and see to it that nothing of it is left: vLLM's workers outlive a parent that was killed, and
+        poll for work."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # where it has ended already
             self._process.stdin.close()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
 
 def measure(

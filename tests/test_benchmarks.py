@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import sys
 from pathlib import Path
 
@@ -150,3 +152,16 @@ def test_a_peer_without_vllm_ends_the_measurement_with_its_log(tmp_path: Path):
         peer.answer()
     peer.close()
     assert "No module named 'vllm'" in (tmp_path / "vllm.log").read_text()
+
+
+def test_nothing_is_left_of_a_peer(tmp_path: Path):
+    python, held = tmp_path / "python", tmp_path / "held"
+    os.mkfifo(held)
+    python.write_text(f"#!/bin/sh\nsleep 600 > {held} &\necho 1\ncat\n", encoding="utf-8")
+    python.chmod(0o755)
+    peer = beside_vllm.Peer(str(python), Config(), "float32", tmp_path / "vllm.log")
+    with held.open("rb") as reader:
+        assert peer.answer() == 1
+        assert not select.select([reader], [], [], 0)[0], "the worker has it open"
+        peer.close()
+        assert select.select([reader], [], [], 30)[0], "the worker is gone"
