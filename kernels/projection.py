@@ -38,4 +38,6 @@ def _row_times(x: Float[Array, "1 I"], weight: Float[Array, "O I"], out: Any) ->
     """The product of one row of a short type, summed in float32: XLA:CPU would write all of the weight as float32
     first."""
     x = lax.optimization_barrier(x.astype(jnp.float32))  # else it is made again for every row of the weight
+    # Else one that is stored with more axes is written as float32 all the same, before its rows are taken together.
+    weight = lax.optimization_barrier(weight)
     return (weight.astype(jnp.float32) * x).sum(axis=1)[None].astype(out)

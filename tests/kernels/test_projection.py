@@ -38,6 +38,15 @@ def test_few_rows_are_the_right_side_of_the_compiled_product():
         assert f"f32[{first}," in product.split(" dot(")[0]
 
 
+def test_one_row_takes_a_weight_of_more_axes_as_it_is():
+    """XLA would turn all of it to float32 before it takes its rows together."""
+    x, weight = operands(1, "bfloat16")
+    stored = weight.reshape(2, OUT // 2, 256)
+    compiled = jax.jit(lambda x, stored: project(x, stored.reshape(OUT, 256))).lower(x, stored).compile()
+    assert f"f32[2,{OUT // 2},256]" not in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < weight.size
+
+
 @pytest.mark.parametrize("rows", [1, 2, MOST_ROWS_RIGHT])
 def test_a_weight_of_a_short_type_is_not_copied(rows):
     x, weight = operands(rows, "bfloat16")
