@@ -63,7 +63,7 @@ class DecodeConfig(GroupConfig):
     slots: int = 32
     """Sequences decoded in one step."""
     slot_buckets: tuple[int, ...] = ()
-    """Batches to compile, in slots, beside that of all; empty: 1 and 16, where there are more slots."""
+    """Batches to compile, in slots, beside that of all; empty: 1, 16, 256, … as far as there are more slots."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class MixedConfig(PrefillConfig):
     slots: int = 32
     """Sequences decoded in one step."""
     slot_buckets: tuple[int, ...] = ()
-    """Batches to compile, in slots, beside that of all; empty: 1 and 16, where there are more slots."""
+    """Batches to compile, in slots, beside that of all; empty: 1, 16, 256, … as far as there are more slots."""
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def over_heads(
         begin = 0 if window is None else jnp.maximum(first - window + 1, 0)  # The first that its first one sees.
         common = 0 if window is None else jnp.maximum(first + rows - window, 0)  # The first that all see.
         bounds = begin // columns, -(-common // columns), (first + 1) // columns, -(-end // columns)
-        # Where tokens end before the block does, it lies further ahead, and what is not its own is computed in vain.
+        # Where tokens end before the block does, it begins earlier, and what is not its own is computed in vain.
         place = jnp.minimum(starts[r] + i * rows, tokens - rows)
         number = place - starts[r] + jnp.arange(rows)
         position = contexts[r] + number
